@@ -1,0 +1,1 @@
+"""The config groups of zoo, installed as the package `zoo.conf`."""
