@@ -6,9 +6,7 @@ import dataclasses
 import io
 import math
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,12 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from zoo.spec.train import NoLoggerSpec
 from zoo.train.display import LiveDisplay, PlainDisplay
 from zoo.train.events import Evaluated
-from zoo.train.metrics_file import MetricsFile
 from zoo.train.panels import final, flow, header, load_bars, routing_table
-from zoo.train.reporters import make_reporters
 from zoo.train.routing import layer_health
 from zoo.train.wording import Rival, duration, judgement, printable, rivals, short_count, shown_path
 
@@ -275,28 +270,3 @@ class TestWording:
         started, step, *_ = made_up_run()
         broken = dataclasses.replace(step, loss=math.nan, bits_per_byte=math.nan)
         assert "loss     nan  bits/byte    nan" in plain_lines(iter([started, broken]), feed)[-1]
-
-
-class TestReporters:
-    RUN = SimpleNamespace(logger=NoLoggerSpec(), train=SimpleNamespace(log_every=7))
-
-    def test_files_and_pipes_get_plain_lines(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(sys, "stdout", io.StringIO())
-        metrics, display = make_reporters(self.RUN, tmp_path)
-        assert isinstance(metrics, MetricsFile)
-        assert metrics.path == tmp_path / "metrics.jsonl"
-        assert isinstance(display, PlainDisplay)
-        assert display.log_every == 7
-
-    @pytest.mark.parametrize(
-        ("term", "encoding", "kind"),
-        [("xterm", "utf-8", LiveDisplay), ("dumb", "utf-8", PlainDisplay), ("xterm", "ascii", PlainDisplay)],
-    )
-    def test_terminals_get_what_they_can_draw(self, tmp_path: Path, monkeypatch, term, encoding, kind) -> None:
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        stream.isatty = lambda: True
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setenv("TERM", term)
-        for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-            monkeypatch.delenv(name, raising=False)
-        assert isinstance(make_reporters(self.RUN, tmp_path)[-1], kind)
