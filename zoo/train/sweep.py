@@ -18,10 +18,13 @@ def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    with initialize_config_module("zoo.conf", version_base="1.3"):
+    from zoo.config import explained
+
+    fixed: list[str] = []
+    with initialize_config_module("zoo.conf", version_base="1.3"), explained("config", fixed):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides(list(overrides))
-        fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+        fixed += [override.input_line or "" for override in parsed if not override.is_sweep_override()]
         sweeper = compose("config", fixed, return_hydra_config=True).hydra.sweeper
         if not sweeper._target_.endswith(".BasicSweeper"):
             return [fixed]

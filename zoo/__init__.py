@@ -1,0 +1,43 @@
+"""A mixture-of-experts model zoo with hardware-aware configs.
+
+Every public call is loaded when it is first used: importing zoo imports neither torch nor hydra.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.api import build as build
+    from zoo.config import list_hardware as list_hardware
+    from zoo.config import list_models as list_models
+    from zoo.config import load as load
+    from zoo.registry import register as register
+    from zoo.spec.base import ConfigError as ConfigError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "list_models": "zoo.config",
+    "list_hardware": "zoo.config",
+    "load": "zoo.config",
+    "build": "zoo.api",
+    "register": "zoo.registry",
+    "ConfigError": "zoo.spec.base",
+}
+"""The module that each public call comes from; type checkers read the imports above."""
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,43 @@
+"""The blocks, for use in any model: `from zoo.blocks import Attention, MoE`. Each takes plain arguments.
+
+A block is imported when it is first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.blocks.attention import Attention as Attention
+    from zoo.blocks.base import Context as Context
+    from zoo.blocks.experts import Experts as Experts
+    from zoo.blocks.mlp import MLP as MLP
+    from zoo.blocks.moe import MoE as MoE
+    from zoo.blocks.norm import Norm as Norm
+    from zoo.blocks.router import Router as Router
+
+_HOMES = {
+    "Attention": "zoo.blocks.attention",
+    "Context": "zoo.blocks.base",
+    "Experts": "zoo.blocks.experts",
+    "MLP": "zoo.blocks.mlp",
+    "MoE": "zoo.blocks.moe",
+    "Norm": "zoo.blocks.norm",
+    "Router": "zoo.blocks.router",
+}
+"""The module of each block; type checkers read the imports above."""
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,120 @@
+"""Writing text: a prefill over the prompt, then one cached step a token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zoo.blocks.base import Context
+
+if TYPE_CHECKING:
+    from zoo.decoder import Decoder
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Collection[int] = (),
+    padding: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue every row of `tokens`.
+
+    Args:
+        tokens: [b, s] int64, s at least 1. Shorter prompts are padded at the left, with any token.
+        max_new_tokens: how many tokens to add at most.
+        temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
+        top_k: draw only from this many likeliest tokens.
+        top_p: draw only from the likeliest tokens whose probabilities first sum to at least this (arXiv:1904.09751).
+        stop: token ids that end a row; what follows in a row that has ended repeats its stop token.
+        padding: [b] int64, how many tokens at the left of each row are padding; None: none.
+        generator: of the draws; None: torch's global one.
+
+    Returns:
+        [b, s + n] int64: the prompts and n new tokens, n = max_new_tokens or fewer when every row has stopped.
+    """
+    _check(tokens, max_new_tokens, temperature, top_k, top_p)
+    was_training = model.training
+    model.eval()
+    try:
+        return _extend(model, tokens, max_new_tokens, _Sampler(temperature, top_k, top_p, generator), stop, padding)
+    finally:
+        model.train(was_training)
+
+
+def _extend(
+    model: Decoder, tokens: Tensor, num_new: int, sample: _Sampler, stop: Collection[int], padding: Tensor | None
+) -> Tensor:
+    batch_size, prompt_len = tokens.shape
+    states = model.new_states(batch_size, prompt_len + num_new)
+    stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
+    written, newest = [tokens], tokens
+    for past in range(prompt_len, prompt_len + num_new):
+        context = _context(past - newest.shape[1], newest, padding)
+        hidden = model.hidden(newest, context, states)[:, -1]
+        chosen = sample(model.logits(hidden))
+        newest = torch.where(ended, written[-1][:, -1], chosen)[:, None]
+        written.append(newest)
+        if len(stops):
+            ended |= torch.isin(newest[:, 0], stops)
+            if ended.all():
+                break
+    return torch.cat(written, 1)
+
+
+def _context(past: int, tokens: Tensor, padding: Tensor | None) -> Context:
+    positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+    if padding is not None:
+        positions = (positions - padding[:, None]).clamp_min(0)
+    return Context(positions, past, padding)
+
+
+class _Sampler:
+    """From logits [b, vocab] to tokens [b] int64."""
+
+    def __init__(
+        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    ) -> None:
+        self.temperature, self.top_k, self.top_p, self.generator = temperature, top_k, top_p, generator
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.to(torch.float32) / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None:
+            logits = self._nucleus(logits, self.top_p)
+        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
+
+    @staticmethod
+    def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+        ranked, order = logits.sort(descending=True)
+        shares = ranked.softmax(-1)
+        # What stands before a token decides: the token that crosses the line stays.
+        ranked = ranked.masked_fill(shares.cumsum(-1) - shares >= top_p, -torch.inf)
+        return torch.empty_like(logits).scatter_(-1, order, ranked)
+
+
+def _check(tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must be [batch, seq] with at least one token a row, found {list(tokens.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or above, found {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or above, found {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be 1 or above, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, found {top_p}")

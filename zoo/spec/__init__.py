@@ -1,0 +1,33 @@
+"""What a thing IS: its numbers, validated. Nothing here imports torch."""
+
+from zoo.spec.attention import AttentionSpec
+from zoo.spec.base import ConfigError, Spec, decode
+from zoo.spec.block import BlockSpec, FFNSpec, MixerSpec
+from zoo.spec.mlp import MLPSpec
+from zoo.spec.model import KindSpec, ModelSpec
+from zoo.spec.moe import BalanceSpec, MoESpec
+from zoo.spec.norm import NormSpec
+from zoo.spec.rope import RopeScaling, RopeSpec
+from zoo.spec.router import ChoiceSpec, RouterSpec, SparseMixerRouterSpec, TopKRouterSpec
+
+__all__ = [
+    "AttentionSpec",
+    "BalanceSpec",
+    "BlockSpec",
+    "ChoiceSpec",
+    "ConfigError",
+    "FFNSpec",
+    "KindSpec",
+    "MLPSpec",
+    "MixerSpec",
+    "MoESpec",
+    "ModelSpec",
+    "NormSpec",
+    "RopeScaling",
+    "RopeSpec",
+    "RouterSpec",
+    "SparseMixerRouterSpec",
+    "Spec",
+    "TopKRouterSpec",
+    "decode",
+]

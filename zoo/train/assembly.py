@@ -1,0 +1,176 @@
+"""From the settings of a run to everything that its loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from zoo.data.batches import heldout_rows
+from zoo.data.corpus import Corpus, load_corpus
+from zoo.data.ngram import TrigramBaseline
+from zoo.data.tokenizer import Tokenizer
+from zoo.decoder import Decoder, build
+from zoo.hardware import Speed, local_hardware, measure
+from zoo.hardware.local import num_cpus
+from zoo.hardware.speed import cache_dir
+from zoo.spec.data import BytesTokenizer, FileTokenizer
+from zoo.spec.hardware import ChipSpec, PrecisionSpec
+from zoo.spec.run import RunSpec
+from zoo.train.checks import check_inputs
+from zoo.train.optim import build_optimizers
+from zoo.train.trainer import Autocast
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLEARLY_FASTER = 1.5
+"""bf16 costs accuracy: it has to multiply at least this many times as fast as fp32 to be chosen unasked."""
+_LEAST_TOKENS = 64
+"""For the counts of the baseline."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a run is made of."""
+
+    model: Decoder
+    optimizers: list[torch.optim.Optimizer]
+    corpus: Corpus
+    autocast: Autocast
+    """What the forward pass is wrapped in."""
+    compute: str
+    """The dtype of matrix multiplications, as `PrecisionSpec.compute` names it, `auto` decided."""
+    device: torch.device
+    forward_flops_per_token: float
+    peak_flops_per_s: float | None
+    """Of matrix multiplications in `compute`, measured on this machine; None when it has none of these."""
+    hardware: str
+    """One line for people."""
+    choices: tuple[str, ...]
+    """One line for each decision taken here, with its reason."""
+    baselines: dict[str, float]
+    """Bits per byte of simple models on the text that evaluations read."""
+    sample: Callable[[str], str]
+    """Write on from a prompt, as the settings say."""
+
+
+def assemble(run: RunSpec, compute: str | None = None) -> Assembly:
+    """Everything that `run` describes, the weights at their random start.
+
+    Args:
+        compute: What `precision.compute=auto` was decided to be when the run was started, if it was before.
+
+    Raises:
+        ConfigError: no such device here, no text, or too little of it.
+    """
+    tokenizer = check_inputs(run)
+    chip = local_hardware(run.hardware).chip
+    device = torch.device(chip.device or "cpu")
+    speed = measure(chip)
+    compute, choices = _choose_precision(run.precision, speed, compute)
+    # Reading bytes is quick; what a tokenizer has made of a text is worth keeping.
+    keep = cache_dir() / "corpora" if isinstance(run.tokenizer, FileTokenizer) else None
+    corpus = load_corpus(run.data, run.tokenizer, keep)
+    model = _build_model(run, device)
+    if model.moe_layers() and run.kernels.experts == "auto":
+        choices.append(_experts_choice(device))
+    peak = speed.tflops.get(compute)
+    return Assembly(
+        model=model,
+        optimizers=build_optimizers(model, run.optimizer),
+        corpus=corpus,
+        autocast=_autocast(device, run.precision, compute),
+        compute=compute,
+        device=device,
+        forward_flops_per_token=run.model.flops(run.train.seq_len).total,
+        peak_flops_per_s=peak * 1e12 if peak else None,
+        hardware=_describe(chip, speed, compute),
+        choices=tuple(choices),
+        baselines=_baselines(run, corpus),
+        sample=_sampler(run, model, tokenizer, device),
+    )
+
+
+def _build_model(run: RunSpec, device: torch.device) -> Decoder:
+    # Made on the processor: the same seed gives the same weights on every device.
+    torch.manual_seed(run.train.seed)
+    model = build(run.model, dtype=DTYPES[run.precision.weights]).to(device)
+    model.recompute = run.train.recompute
+    for moe in model.moe_layers().values():
+        moe.experts.backend = run.kernels.experts
+    return model
+
+
+def _choose_precision(spec: PrecisionSpec, speed: Speed, decided: str | None) -> tuple[str, list[str]]:
+    """The dtype to compute in, and the reason for it unless the settings name it."""
+    if spec.compute != "auto":
+        return spec.compute, []
+    if spec.weights == "bf16":
+        return "bf16", ["precision bf16: so are the weights"]
+    if decided is not None:
+        return decided, [f"precision {decided}: as the run was started"]
+    ratio = speed.tflops.get("bf16", 0.0) / speed.tflops["fp32"]
+    if ratio >= CLEARLY_FASTER:
+        return "bf16", [f"precision bf16: this machine multiplies bf16 matrices {ratio:.1f} times as fast as fp32"]
+    how = f"at {ratio:.2g} times the speed of fp32" if ratio else "not at all"
+    return "fp32", [f"precision fp32: this machine multiplies bf16 matrices {how}"]
+
+
+def _autocast(device: torch.device, precision: PrecisionSpec, compute: str) -> Autocast:
+    if compute == precision.weights:
+        return nullcontext
+    dtype = DTYPES[compute]
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype)
+
+    return autocast
+
+
+def _experts_choice(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "experts grouped: tokens are sorted by expert once, and no expert copies its weights or outputs"
+    return "experts grouped_mm: torch's grouped product never waits for the device to learn how many tokens came"
+
+
+def _describe(chip: ChipSpec, speed: Speed, compute: str) -> str:
+    name = chip.name
+    if chip.device == "cpu":
+        cores, threads = num_cpus(), torch.get_num_threads()
+        used = f"{threads} of {cores}" if threads < cores else str(cores)
+        name = f"{used} {'core' if used == '1' else 'cores'} of {chip.name}"
+    memory = f", {chip.memory_gib:.4g} GiB" if chip.memory_gib else ""
+    peak = speed.tflops.get(compute)
+    rate = f"{peak:.3g} TFLOP/s in {compute} (measured)" if peak else f"an unknown speed in {compute}"
+    return f"{name}{memory}, matrix multiplication at {rate}"
+
+
+def _baselines(run: RunSpec, corpus: Corpus) -> dict[str, float]:
+    if not isinstance(run.tokenizer, BytesTokenizer) or len(corpus.train) < _LEAST_TOKENS:
+        return {}
+    rows = heldout_rows(corpus.heldout, run.train.seq_len, run.train.eval_tokens)
+    return {"order-2 bytes": TrigramBaseline.fit(corpus.train).bits_per_byte(rows)}
+
+
+def _sampler(run: RunSpec, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> Callable[[str], str]:
+    train, positions = run.train, run.model.embedding.positions
+
+    def sample(prompt: str) -> str:
+        """What the model writes after `prompt`, up to the end of the document."""
+        ids = tokenizer.encode(prompt) or [tokenizer.separator]
+        room = train.sample_tokens if positions is None else min(train.sample_tokens, positions - len(ids))
+        torch.manual_seed(train.seed)
+        written = model.generate(
+            torch.tensor([ids], device=device),
+            max_new_tokens=max(0, room),
+            temperature=train.sample_temperature,
+            stop=[tokenizer.separator],
+        )
+        # A model may know more tokens than its tokenizer: their rows were never trained.
+        tokens = written[0, len(ids) :].tolist()
+        return tokenizer.decode(
+            [token for token in tokens if token < tokenizer.vocab_size and token != tokenizer.separator]
+        )
+
+    return sample

@@ -1,0 +1,106 @@
+"""What a training run tells its reporters: plain values, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """Routing of one MoE layer since the last report."""
+
+    layer: int
+    load: tuple[int, ...]
+    """Choices that each expert received."""
+    entropy: float
+    """Entropy of the load over ln(num_experts): 1 when even, 0 when one expert takes all."""
+    max_violation: float
+    """MaxVio (arXiv:2408.15664): (largest load - mean load) / mean load."""
+    num_dead: int
+    """Experts that no token chose."""
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Sent once, before the first step."""
+
+    run_dir: Path
+    model_name: str
+    num_params: int
+    num_active_params: int
+    hardware: str
+    choices: tuple[str, ...]
+    """One line per decision taken for the user (precision, kernels, ...), with its reason."""
+    corpus: str
+    num_steps: int
+    first_step: int
+    """Above 0 when the run resumes."""
+    tokens_per_step: int
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Held-out bits per byte of simple models, by name."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Sent after every optimizer step."""
+
+    step: int
+    """Steps done so far, this one included."""
+    loss: float
+    """Mean cross-entropy of the step's tokens, nats per token."""
+    losses: dict[str, float]
+    """Every term of the objective by name, `cross_entropy` among them, before coefficients."""
+    bits_per_byte: float
+    learning_rate: float
+    grad_norm: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float | None
+    """Model FLOPs per second over the measured matrix-multiply peak of this machine; None when it is not known."""
+    routing: tuple[LayerHealth, ...]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Sent after each evaluation on held-out text."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    num_tokens: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Sent once, after the last step or an interruption."""
+
+    step: int
+    num_steps: int
+    reason: str
+    """`done`, `interrupted`."""
+    train_time_s: float
+    last_eval: Evaluated | None
+    baselines: dict[str, float]
+    sample: str
+    """What the model writes after the prompt; empty when sampling is off."""
+    files: tuple[Path, ...]
+    sample_prompt: str = ""
+    """What the sample goes on from."""
+
+
+class Reporter(Protocol):
+    """Receives the events of a run. Reporters never change the run."""
+
+    def started(self, event: RunStarted) -> None: ...
+
+    def step_done(self, event: StepDone) -> None: ...
+
+    def evaluated(self, event: Evaluated) -> None: ...
+
+    def finished(self, event: RunFinished) -> None: ...
+
+    def close(self) -> None:
+        """Release what the reporter holds; called also when the run fails."""

@@ -1,0 +1,160 @@
+"""From a command line to a finished run. Torch is imported only when everything about the run is known to be sound.
+
+Exit statuses: 0 done; 1 training failed; 2 a mistake in the settings; 130 and 143 stopped by SIGINT and SIGTERM, with a
+checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from zoo.registry import take_config_dirs
+from zoo.spec.base import ConfigError
+from zoo.train.errors import TrainingError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from zoo.spec.run import RunSpec
+    from zoo.train.events import RunFinished
+    from zoo.train.signals import StopSignal
+
+OUTPUTS = Path("outputs")
+"""Where runs go unless hydra.run.dir says otherwise."""
+FAILED, MISTAKE = 1, 2
+
+
+def main(arguments: Sequence[str], program: str) -> NoReturn:
+    """Check the whole command line, then hand it to Hydra. Ends the process.
+
+    Args:
+        arguments: Hydra's overrides and flags.
+        program: What the person typed before them.
+    """
+    try:
+        sys.argv = [program, *checked(take_config_dirs(arguments))]
+    except ConfigError as error:
+        _leave(MISTAKE, str(error))
+    import hydra
+
+    hydra.main(config_path="pkg://zoo.conf", config_name="config", version_base="1.3")(run_job)()
+    sys.exit(0)
+
+
+def checked(arguments: Sequence[str]) -> list[str]:
+    """Compose and decode every job that `arguments` ask for, before the first one starts.
+
+    Returns:
+        The arguments, with `hydra.run.dir` set when another run is to be continued.
+
+    Raises:
+        ConfigError: a mistake in one of the jobs.
+    """
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    if flags - {"-m", "--multirun"}:  # help, completion, showing the configuration: nothing is going to run
+        return list(arguments)
+    overrides = [argument for argument in arguments if argument not in flags]
+    if flags or "hydra.mode=MULTIRUN" in overrides:
+        _check_jobs(overrides)
+        return list(arguments)
+    run_dir = _check_job(overrides)
+    return [*overrides, f"hydra.run.dir={_quoted(run_dir)}"] if run_dir else overrides
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """One job of Hydra: train, and end the process unless all went well.
+
+    Returns:
+        Held-out bits per byte at the end: what a sweeper minimises.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from zoo.spec.run import decode_run
+    from zoo.train.signals import StopSignal
+
+    hydra_config = HydraConfig.get()
+    run_dir, stop = Path(hydra_config.runtime.output_dir), StopSignal()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}")
+    try:
+        run = decode_run(cfg, hydra_config.runtime.choices.get("model"))
+        finished = _train(run, run_dir, stop)
+    except ConfigError as error:
+        _leave(MISTAKE, str(error))
+    except TrainingError as error:
+        _leave(FAILED, str(error))
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost")
+    if stop.requested:
+        kept = [override for override in hydra_config.overrides.task if not override.startswith("checkpoint.resume=")]
+        command = shlex.join([*sys.argv[0].split(), *kept, f"checkpoint.resume={_quoted(run_dir)}"])
+        _leave(128 + stop.number, f"go on with: {command}")
+    return finished.last_eval.bits_per_byte if finished.last_eval else None
+
+
+def _train(run: RunSpec, run_dir: Path, stop: StopSignal) -> RunFinished:
+    from zoo.train.reporters import make_reporters
+
+    with ExitStack() as stack:
+        reporters = make_reporters(run, run_dir)
+        for reporter in reporters:
+            stack.callback(reporter.close)
+        from zoo.train.loop import train  # imports torch
+
+        return train(run, run_dir, reporters, stop)
+
+
+def _check_jobs(overrides: list[str]) -> None:
+    from zoo.train.sweep import jobs_of
+
+    for job in jobs_of(overrides):
+        try:
+            if _check_job(job, resume_auto=False):
+                raise ConfigError(
+                    "checkpoint.resume: found a directory; a multirun goes on with checkpoint.resume=auto"
+                )
+        except ConfigError as error:
+            raise ConfigError(f"in the job {' '.join(job)}:\n{error}") from None
+
+
+def _check_job(overrides: list[str], resume_auto: bool = True) -> Path | None:
+    """Decode one job and look at the files that it names; the run directory to continue when that is not the job's own.
+
+    Args:
+        resume_auto: Let `checkpoint.resume=auto` look for other runs.
+    """
+    from zoo.config import compose
+    from zoo.spec.run import decode_run
+    from zoo.train.checks import check_inputs
+    from zoo.train.rundir import check_resumable, find_run, newest_checkpoint
+
+    run = decode_run(compose(overrides))
+    check_inputs(run)
+    resume = run.checkpoint.resume
+    own_directory = any(override.startswith("hydra.run.dir=") for override in overrides)
+    if resume == "never" or (resume == "auto" and (own_directory or not resume_auto)):
+        return None
+    if resume == "auto":
+        return find_run(OUTPUTS, run.to_dict())
+    if own_directory:
+        raise ConfigError(f"checkpoint.resume: found {resume!r}; that run goes on where it is; drop hydra.run.dir")
+    check_resumable(newest_checkpoint(Path(resume)), run.to_dict())
+    return Path(resume)
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value in Hydra's override grammar."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
