@@ -1,0 +1,64 @@
+"""The cost of attention over keys and values."""
+
+from __future__ import annotations
+
+from zoo.plan.base import Cost, Weight, linear
+from zoo.plan.norm import norm_weights
+from zoo.spec.attention import AttentionSpec
+from zoo.spec.norm import NormSpec
+
+
+def visible_pairs(seq_len: int, window: int | None = None, chunked: bool = False) -> int:
+    """Pairs of a query and a key that it sees in a sequence of `seq_len` tokens, itself included.
+
+    Args:
+        window: keys that a query sees at most; None: all earlier ones.
+        chunked: a query sees the earlier keys of its own chunk of `window` tokens, not the last `window` keys.
+    """
+    if window is None or window >= seq_len:
+        return _triangle(seq_len)
+    if chunked:
+        chunks, rest = divmod(seq_len, window)
+        return chunks * _triangle(window) + _triangle(rest)
+    return _triangle(window) + (seq_len - window) * window
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+class AttentionCost(Cost):
+    """Projections, and the products of queries with keys and of their scores with values (`scores`)."""
+
+    prices = AttentionSpec
+    spec: AttentionSpec
+
+    def __init__(self, spec: AttentionSpec, d_model: int, norm: NormSpec) -> None:
+        super().__init__(spec, d_model, norm)
+        self.head_dim, self.v_head_dim = self.spec.head_dim or 0, self.spec.v_head_dim or 0
+
+    def weights(self) -> list[Weight]:
+        spec, heads, groups = self.spec, self.spec.num_heads, self.spec.num_kv_heads
+        weights = linear("q", self.d_model, heads * self.head_dim, spec.qkv_bias)
+        weights += linear("k", self.d_model, groups * self.head_dim, spec.qkv_bias)
+        if not spec.shared_kv:
+            weights += linear("v", self.d_model, groups * self.v_head_dim, spec.qkv_bias)
+        weights += linear("out", heads * self.v_head_dim, self.d_model, spec.out_bias)
+        if spec.gate != "none":
+            weights += linear("gate", self.d_model, heads * self.v_head_dim if spec.gate == "element" else heads)
+        if spec.sink:
+            weights.append(Weight("sink", (heads,)))
+        return weights + self._qk_norm_weights()
+
+    def _qk_norm_weights(self) -> list[Weight]:
+        spec, inner = self.spec, self.norm.replace(type="rms", bias=False)
+        if spec.qk_norm == "none" or spec.qk_norm_weight == "none":
+            return []
+        q_heads, k_heads = (spec.num_heads, spec.num_kv_heads) if spec.qk_norm == "full" else (1, 1)
+        q_norm = norm_weights("q_norm", q_heads * self.head_dim, inner)
+        return q_norm + norm_weights("k_norm", k_heads * self.head_dim, inner)
+
+    def mixing(self, seq_len: int, skip_masked: bool) -> dict[str, float]:
+        spec = self.spec
+        pairs = visible_pairs(seq_len, spec.window, spec.mask == "chunked") if skip_masked else seq_len**2
+        return {"scores": 2 * spec.num_heads * (self.head_dim + self.v_head_dim) * pairs / seq_len}

@@ -1,0 +1,92 @@
+"""What every cost has in common: the weights of a block and the FLOPs of one token in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from zoo.spec.base import mirrored
+from zoo.spec.block import BlockSpec
+from zoo.spec.norm import NormSpec
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One trained tensor."""
+
+    name: str
+    """Its path below the block, as in the module's `named_parameters()`."""
+    shape: tuple[int, ...]
+    product: bool = False
+    """Activations are multiplied with it, once a token; vectors that are added or scaled with are no products."""
+    share: Fraction = Fraction(1)
+    """The part of it that one token touches: top_k / num_experts for stacked experts."""
+    part: str = ""
+    """The row below its block in a table of costs; empty: the block's own row."""
+
+    @property
+    def size(self) -> int:
+        """Its number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """How many of its parameters one token touches."""
+        return int(self.size * self.share)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of one token; a multiply-add counts 2."""
+        return 2 * self.active if self.product else 0
+
+    def under(self, prefix: str, part: str | None = None) -> Weight:
+        """The same tensor seen from outside of the submodule `prefix`, in another `part` if one is given."""
+        return replace(self, name=f"{prefix}.{self.name}", part=self.part if part is None else part)
+
+
+def linear(name: str, d_in: int, d_out: int, bias: bool = False, part: str = "") -> list[Weight]:
+    """The weights of a `Linear`: weight [d_out, d_in], bias [d_out]."""
+    weights = [Weight(f"{name}.weight", (d_out, d_in), product=True, part=part)]
+    return [*weights, Weight(f"{name}.bias", (d_out,), part=part)] if bias else weights
+
+
+class Cost:
+    """The cost of a block. Subclasses name the spec that they price and stand in the mirrored module of `zoo.plan`."""
+
+    prices: ClassVar[type[BlockSpec]]
+
+    def __init__(self, spec: Any, d_model: int, norm: NormSpec) -> None:
+        self.spec = spec.resolved(d_model)
+        self.d_model = d_model
+        self.norm = norm
+
+    def weights(self) -> list[Weight]:
+        """Every trained tensor. Buffers (correction biases) are not trained."""
+        raise NotImplementedError
+
+    def mixing(self, seq_len: int, skip_masked: bool) -> dict[str, float]:
+        """Forward FLOPs of one token by part in products of activations with each other, such as attention's scores.
+
+        Args:
+            seq_len: the tokens of the sequence, over which the count is averaged.
+            skip_masked: count only the pairs of tokens that a mask leaves; False: all pairs.
+        """
+        del seq_len, skip_masked
+        return {}
+
+    def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:
+        """Forward FLOPs of one token by part: the products with weights, then those of `mixing`."""
+        parts: dict[str, float] = {}
+        for weight in self.weights():
+            parts[weight.part] = parts.get(weight.part, 0) + weight.flops
+        for part, flops in self.mixing(seq_len, skip_masked).items():
+            parts[part] = parts.get(part, 0) + flops
+        return {part: flops for part, flops in parts.items() if flops}
+
+
+def cost_of(spec: BlockSpec, d_model: int, norm: NormSpec) -> Cost:
+    """The cost of a described block."""
+    cost: type[Cost] = mirrored(type(spec), "plan", Cost, lambda found: getattr(found, "prices", None))
+    return cost(spec, d_model, norm)
