@@ -1,0 +1,59 @@
+"""The command `zoo`. Each verb is the module of its name in this package, with a function `run`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from zoo import ConfigError, __version__
+
+VERBS = {
+    "list": "the models and machines that zoo knows",
+    "show": "one model: its layers and blocks, parameters and FLOPs",
+    "diff": "what differs between two models",
+    "train": "train a model; the same as python train.py",
+}
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status: 0 done, 2 a mistake in what was typed."""
+    verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    try:
+        if verb in ("-h", "--help", "help"):
+            print(usage())
+        elif verb == "--version":
+            print(f"zoo {__version__}")
+        elif verb not in VERBS:
+            raise ConfigError(_unknown(verb))
+        else:
+            importlib.import_module(f"zoo.cli.{verb}").run(rest)
+        sys.stdout.flush()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads has read enough, as `| head` does; nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def usage() -> str:
+    """What `zoo --help` says."""
+    verbs = "\n".join(f"  {verb:<8}{what}" for verb, what in VERBS.items())
+    return f"""usage: zoo VERB [arguments] [overrides]
+
+{verbs}
+
+'zoo VERB --help' says more about one. Overrides change any setting, as in Hydra:
+  zoo show tiny_moe model.moe.num_experts=64 model/moe/router=sigmoid"""
+
+
+def _unknown(verb: str) -> str:
+    from zoo.spec.base import near
+
+    hint = near(verb, VERBS)
+    return f"zoo: found {verb!r}; the verbs are {', '.join(VERBS)}{f'; {hint}' if hint else ''}"
