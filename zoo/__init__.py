@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from zoo.config import list_hardware as list_hardware
     from zoo.config import list_models as list_models
     from zoo.config import load as load
+    from zoo.hf import from_pretrained as from_pretrained
+    from zoo.hf import save_pretrained as save_pretrained
+    from zoo.hf import spec_from_hf as spec_from_hf
+    from zoo.hf import spec_to_hf as spec_to_hf
     from zoo.registry import register as register
     from zoo.spec.base import ConfigError as ConfigError
+    from zoo.spec.twin import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -23,6 +28,11 @@ _HOMES = {
     "list_hardware": "zoo.config",
     "load": "zoo.config",
     "build": "zoo.api",
+    "shrink": "zoo.spec.twin",
+    "spec_from_hf": "zoo.hf",
+    "spec_to_hf": "zoo.hf",
+    "from_pretrained": "zoo.hf",
+    "save_pretrained": "zoo.hf",
     "register": "zoo.registry",
     "ConfigError": "zoo.spec.base",
 }

@@ -1,0 +1,163 @@
+"""A family of Hugging Face models: its config table and its weight table, and the two directions of the former."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.hf.keys import Keys
+from zoo.hf.layers import Layers
+from zoo.hf.rows import Row, Tree
+from zoo.hf.weights import WeightRow
+from zoo.spec.base import ConfigError, decode, near
+from zoo.spec.block import BlockSpec
+from zoo.spec.model import KindSpec, ModelSpec
+from zoo.spec.pattern import compress
+
+
+class WrongBlocks(ConfigError):
+    """The layers hold blocks that the family has no place for."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A block that layers of the family may hold."""
+
+    spec: type[BlockSpec]
+    when: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that tell it from other slots of its type."""
+    like: str | None = None
+    """Another slot; fields that no row gives are taken from there."""
+
+    def fits(self, block: BlockSpec) -> bool:
+        return isinstance(block, self.spec) and all(getattr(block, name) == value for name, value in self.when.items())
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of transformers, as data."""
+
+    model_type: str
+    architecture: str
+    slots: Mapping[str, Slot]
+    layers: Layers
+    rows: tuple[Row, ...]
+    weights: tuple[WeightRow, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the class in transformers takes for keys that a config.json may leave out."""
+    tied_head: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    """Names of the head and of the embedding: where they are tied, a checkpoint may hold both or the latter alone."""
+    ignored_weights: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    """Patterns of stored tensors that are no weights."""
+
+    def read(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The model that a config.json describes.
+
+        Raises:
+            ConfigError: keys that are missing, not understood, or refused.
+        """
+        keys = Keys(config, self.defaults)
+        model = Tree()
+        model.set("card", {"family": self.model_type, "source": "config.json"})
+        for row in self.rows:
+            row.read(keys, model)
+        layers = self.layers.read(keys)
+        if unknown := keys.untaken():
+            advice = near(unknown[0], keys.taken) or "remove what changes nothing"
+            raise ConfigError(
+                f"config.json: not understood for model_type {self.model_type!r}: {', '.join(unknown)}; {advice}"
+            )
+        kinds = {name: self.layers.kinds[name] for name in dict.fromkeys(layers)}
+        used = {slot for pair in kinds.values() for slot in pair if slot is not None}
+        described = {name: self._block(name, model) for name in self.slots if name in used}
+        trunk = {name: value for name, value in model.data.items() if name not in self.slots}
+        kind_specs = {name: {"mixer": mixer, "ffn": ffn} for name, (mixer, ffn) in kinds.items()}
+        whole = {**trunk, "slots": described, "kinds": kind_specs, "layers": compress(tuple(layers))}
+        return decode(ModelSpec, whole, "model")
+
+    def _block(self, name: str, model: Tree) -> dict[str, Any]:
+        slot = self.slots[name]
+        shared = model.data.get(slot.like, {}) if slot.like else {}
+        return {"type": slot.spec.model_fields["type"].default, **shared, **model.data.get(name, {})}
+
+    def write(self, spec: ModelSpec) -> dict[str, Any]:
+        """The config.json of a model.
+
+        Raises:
+            ConfigError: the family cannot express the model; one line for each reason.
+        """
+        pairs, slots = self._assigned(spec)
+        model = Tree({**spec.to_dict(), **{name: block.to_dict() for name, block in slots.items()}})
+        for name, slot in self.slots.items():
+            if slot.like and name in slots and slot.like not in slots:
+                model.data[slot.like] = model.data[name]
+        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for row in self.rows:
+            row.write(model, config)
+        self.layers.write(pairs, config)
+        # Special tokens belong to a tokenizer; null keeps transformers from assuming those of its class.
+        config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        if reasons := list(differences(spec, self.read(config))):
+            raise ConfigError("\n".join(reasons))
+        return config
+
+    def _assigned(self, spec: ModelSpec) -> tuple[list[tuple[str | None, str | None]], dict[str, BlockSpec]]:
+        """The family's slots that every layer uses, and what each of them is."""
+        slots: dict[str, BlockSpec] = {}
+
+        def assign(name: str | None) -> str | None:
+            if name is None:
+                return None
+            block = spec.slots[name]
+            fitting = [slot for slot, described in self.slots.items() if described.fits(block)]
+            if not fitting:
+                raise WrongBlocks(f"{name}: no layer of it holds such a block ({block.type})")
+            if slots.setdefault(fitting[0], block) != block:
+                raise WrongBlocks(f"{name}: must be the same in all layers that have one")
+            return fitting[0]
+
+        kinds = {name: (assign(spec.kinds[name].mixer), assign(spec.kinds[name].ffn)) for name in set(spec.layer_kinds)}
+        return [kinds[name] for name in spec.layer_kinds], slots
+
+
+# What a config.json says nothing about or what acts only in training: no reason to refuse a model.
+_NOT_COMPARED = {"name", "card", "slots", "kinds", "layers", "init", "norm_placement"}
+
+
+def differences(wanted: ModelSpec, got: ModelSpec) -> Iterator[str]:
+    """How the computations of two models differ, one line each; names of slots and layers do not matter."""
+    yield from _unequal("", _trunk(wanted), _trunk(got))
+    for ours, theirs in dict.fromkeys(zip(wanted.layer_kinds, got.layer_kinds, strict=True)):
+        kind, other = wanted.kinds[ours], got.kinds[theirs]
+        for branch in ("mixer", "ffn", "beside"):
+            name, counterpart = getattr(kind, branch), getattr(other, branch)
+            yield from _unequal(name or f"kinds.{ours}.{branch}", _block(wanted, name), _block(got, counterpart))
+        yield from _unequal(f"kinds.{ours}", _placements(wanted, kind), _placements(got, other))
+
+
+def _trunk(spec: ModelSpec) -> dict[str, Any]:
+    compared = ModelSpec.model_fields.keys() - _NOT_COMPARED
+    return {name: value for name, value in spec.to_dict().items() if name in compared}
+
+
+def _block(spec: ModelSpec, name: str | None) -> Any:
+    return None if name is None else {**spec.slots[name].to_dict(), "balance": None}
+
+
+def _placements(spec: ModelSpec, kind: KindSpec) -> dict[str, str]:
+    placements: dict[str, str] = {}
+    if kind.mixer is not None:
+        placements["placement"] = spec.placement_of(kind)
+    if kind.ffn is not None:
+        placements["ffn_placement"] = spec.ffn_placement_of(kind)
+    return placements
+
+
+def _unequal(path: str, wanted: Any, got: Any) -> Iterator[str]:
+    if isinstance(wanted, Mapping) and isinstance(got, Mapping):
+        for name in dict.fromkeys([*wanted, *got]):
+            yield from _unequal(f"{path}.{name}".strip("."), wanted.get(name), got.get(name))
+    elif wanted != got:
+        shown = [value.get("type") if isinstance(value, Mapping) else value for value in (wanted, got)]
+        yield f"{path}: {shown[0]!r} here, {shown[1]!r} there"

@@ -1,0 +1,191 @@
+"""The rows of a config table. Each says one thing about a model in both languages and is read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from zoo.hf.keys import Keys, refused
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""Hugging Face's names of activations; where several mean the same, the first is the one that is written."""
+
+
+class Tree:
+    """A model description as nested plain data, with dotted paths. A path may begin with a slot's name."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        self.data = data if data is not None else {}
+
+    def set(self, path: str, value: Any) -> None:
+        *parents, last = path.split(".")
+        node = self.data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+
+    def get(self, path: str) -> Any:
+        """The value, or None where the path leads to nothing."""
+        node: Any = self.data
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+    def has(self, path: str) -> bool:
+        return path.split(".")[0] in self.data
+
+
+class Row(Protocol):
+    """One statement of a table."""
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        """Take what the row understands from the config and put it into the model."""
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        """Put into the config what the model says. Whether it says it fully is found out by reading it back."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the model that is a key of the config."""
+
+    path: str
+    key: str
+    """One spelling or several, parted by spaces. The first is written."""
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    """Config value to model value, where they differ. Other values are refused."""
+    if_null: str | None = None
+    """The key whose value is taken where this one is null."""
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        names = self.key.split()
+        value = keys.take_first(names)
+        if value is None and self.if_null is not None:
+            value = keys.take(self.if_null)
+        if self.values:
+            if not isinstance(value, (str, int, float, type(None))) or value not in self.values:
+                raise refused(names[0], value, f"understood: {', '.join(map(repr, self.values))}")
+            value = self.values[value]
+        model.set(self.path, value)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        if not model.has(self.path):
+            return
+        value = model.get(self.path)
+        if self.values:
+            value = next((hf for hf, zoo in self.values.items() if zoo == value), None)
+        config[self.key.split()[0]] = value
+
+
+@dataclass(frozen=True)
+class Const:
+    """A field that is the same in the whole family and has no key."""
+
+    path: str
+    value: Any
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        model.set(self.path, self.value)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key that is understood with one value alone, which is also what its absence means."""
+
+    key: str
+    value: Any
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        found = keys.take(self.key, self.value)
+        if found != self.value:
+            raise refused(self.key, found, f"understood: {self.value!r}")
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Inert:
+    """A key that configs of the family hold and that its class in transformers does not read."""
+
+    key: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        keys.take(self.key, None)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window over all layers of a slot, or none where the key is null."""
+
+    slot: str
+    switch: str | None = None
+    """A key that must be true for the window to count."""
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        window = keys.take("sliding_window")
+        if self.switch is not None and not keys.take(self.switch):
+            window = None
+        model.set(f"{self.slot}.mask", "causal" if window is None else "sliding")
+        model.set(f"{self.slot}.window", window)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        window = model.get(f"{self.slot}.window")
+        config["sliding_window"] = window
+        if self.switch is not None:
+            config[self.switch] = window is not None
+
+
+@dataclass(frozen=True)
+class Context:
+    """The longest sequence. A model that does not say gets `UNKNOWN`, which limits nothing in a rotary model."""
+
+    UNKNOWN = 4096
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        model.set("card.context", keys.take("max_position_embeddings"))
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        config["max_position_embeddings"] = model.get("card.context") or self.UNKNOWN
+
+
+def trunk() -> Iterator[Row]:
+    """What nearly every family says in the same words."""
+    yield Field("d_model", "hidden_size")
+    yield Field("vocab_size", "vocab_size")
+    yield Field("norm.eps", "rms_norm_eps")
+    yield Field("head.tied", "tie_word_embeddings")
+    yield Field("init.std", "initializer_range")
+    yield Context()
+    yield Only("is_encoder_decoder", False)
+    yield Only("is_decoder", False)
+    yield Only("add_cross_attention", False)
+    yield Only("tie_encoder_decoder", False)
+
+
+def heads(slot: str = "attention") -> Iterator[Row]:
+    """The head counts of an attention."""
+    yield Field(f"{slot}.num_heads", "num_attention_heads")
+    yield Field(f"{slot}.num_kv_heads", "num_key_value_heads", if_null="num_attention_heads")
+    yield Only("attention_dropout", 0.0)
+
+
+def swiglu(slot: str = "mlp") -> Iterator[Row]:
+    """A gated MLP."""
+    yield Field(f"{slot}.d_ffn", "intermediate_size")
+    yield Field(f"{slot}.activation", "hidden_act", ACTIVATIONS)
