@@ -15,9 +15,6 @@ from zoo.spec.composed import plain, take_model
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-MAX_LISTED = 12
-"""Most names that a message lists."""
-
 
 def explain(error: Exception, config_name: str | None, overrides: Sequence[str]) -> str:
     """The message for an error that came of composing `overrides`; one line for each unknown key among them."""
@@ -36,13 +33,12 @@ def unknown_option(group: str, option: str, options: Iterable[str]) -> str:
     options = sorted(options)
     if not options:
         return f"{group}={option}: there is no config group {group}"
-    advice = near(option, options)
-    if len(options) <= MAX_LISTED or not advice:
-        shown = ", ".join(options[:MAX_LISTED]) + (", ..." if len(options) > MAX_LISTED else "")
-        advice = "; ".join(part for part in (f"allowed: {shown}", advice) if part)
+    hint = near(option, options)
     if group in ("model", "hardware"):
         verb = "zoo list" if group == "model" else "zoo list hardware"
-        advice += f"; '{verb}' shows all {len(options)}" if len(options) > MAX_LISTED else f"; see '{verb}'"
+        advice = f"{hint or f'there is no such {group}'}; '{verb}' shows all {len(options)}"
+    else:
+        advice = "; ".join(part for part in (listed(options), hint) if part)
     return f"{group}: found {option!r}; {advice}"
 
 
@@ -53,7 +49,9 @@ def _unreadable(override: str, message: str) -> str:
     reason = "" if lines[0].startswith("Lexer") else f" ({lines[0]})"
     column = len(lines[1]) - len("LexerNoViableAltException: ") if len(lines) > 1 and lines[1].endswith("^") else 0
     place = f" at column {column}" if column > 0 else ""
-    return f"{override}: cannot be read{place}{reason}; write key=value, and quote special characters: key='a, b'"
+    key, _, value = override.partition("=")
+    quoted = f"{key}='{value}'" if key and value and "'" not in value else "KEY='VALUE'"
+    return f"{override}: cannot be read{place}{reason}; write KEY=VALUE, and special characters in quotes: {quoted}"
 
 
 def _refused_key(error: Exception) -> str:

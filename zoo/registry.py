@@ -93,11 +93,11 @@ def _add_folder(folder: Path) -> None:
     if not any(folder.glob("*/*.yaml")):
         what = "there is no such folder" if not folder.is_dir() else "it holds no files such as model/my_model.yaml"
         raise ConfigError(f"configs: found '{folder}'; {what}; name a folder laid out like conf/")
-    if not _FOLDERS:
-        _join_search_path()
+    _join_search_path()
     _FOLDERS[folder] = None
 
 
+@cache
 def _join_search_path() -> None:
     """Have Hydra look into the registered folders, in applications of other makers too."""
     from hydra.core.config_search_path import ConfigSearchPath

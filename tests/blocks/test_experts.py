@@ -303,7 +303,7 @@ def test_starts_ready() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match="Experts.activation: found 'silly'"):
+    with pytest.raises(ConfigError, match=r"Experts.activation: found 'silly'"):
         Experts(D, E, F, activation="silly")
     with pytest.raises(ConfigError, match=r"experts: found 'fast'; allowed: auto, loop, grouped, grouped_mm"):
         Experts(D, E, F, backend="fast")(torch.randn(3, D), None, torch.zeros(3, 1, dtype=torch.int64))

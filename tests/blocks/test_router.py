@@ -176,7 +176,7 @@ def test_what_holds_for_any_options(options: dict[str, Any], top_k: int, seed: i
     router.weight.data.normal_()
     if router.correction_bias is not None:
         router.correction_bias.normal_()
-    routing = router(torch.randn(9, D))
+    routing = Routing(*(part.detach() for part in router(torch.randn(9, D))))
     assert [part.dtype for part in routing] == [torch.float32, torch.int64, torch.float32, torch.float32]
     assert all(len(set(chosen)) == top_k for chosen in routing.indices.tolist())
 
@@ -267,7 +267,7 @@ def test_leading_axes_are_free() -> None:
         (2, {"num_groups": 16, "top_groups": 2}, "must leave 2 experts in a group"),
         (2, {"top_groups": 2}, "router.top_groups: found 2; must be at most num_groups"),
         (2, {"score_chosen": True, "correction_bias": True}, "router.score_chosen: found True; cannot be combined"),
-        (2, {"scroe": "sigmoid"}, "router.scroe: found 'sigmoid'; unknown key of TopKRouterSpec; did you mean score"),
+        (2, {"scores": "sigmoid"}, "router.scores: found 'sigmoid'; unknown key of TopKRouterSpec; did you mean score"),
         (0, {}, "Router.top_k: found 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 
 from zoo.config import compose
@@ -12,7 +13,10 @@ from zoo.train.events import Evaluated, RunFinished, RunStarted, StepDone
 SMALL = [
     "model=tiny_moe",
     "model.d_model=32",
+    "model.layers='2*sparse'",
+    "model.moe.d_expert=32",
     "data=files",
+    "data.paths=elsewhere",
     "hardware=cpu",
     "precision=fp32",
     "optimizer.lr=1e-2",
@@ -33,7 +37,13 @@ def small_run(folder: Path, *overrides: str) -> RunSpec:
     if not text.exists():
         words = random.Random(0).choices("abstract brown class def for in return self x y".split(), k=2000)
         text.write_text(" ".join(words))
-    return decode_run(compose([*SMALL, f"data.paths={text}", *overrides]))
+    run = _composed(overrides)
+    return run.replace(data=run.data.replace(paths=(str(text),)))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> RunSpec:
+    return decode_run(compose([*SMALL, *overrides]))
 
 
 class Listener:

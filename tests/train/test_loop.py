@@ -24,8 +24,10 @@ BIASED = ("model/moe/router=sigmoid", "model.moe.balance={bias_update_rate: 0.01
 
 
 @pytest.fixture(autouse=True)
-def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of known speed, and no pictures."""
     monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
+    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
 
 
 def train(folder: Path, *overrides: str, name: str = "run", stop: StopSignal | None = None) -> Listener:
@@ -65,13 +67,13 @@ def test_a_short_run_learns_and_tells_of_it(tmp_path: Path) -> None:
         ("optimizer=muon", "schedule=wsd"),
         ("precision=bf16",),
         ("precision=bf16", "precision.weights=bf16"),
-        ("model=tiny_dense", "schedule=constant"),
+        ("+model.mlp={type: mlp, d_ffn: 64}", "model.kinds.sparse.ffn=mlp", "~model.moe", "schedule=constant"),
         BIASED,
     ],
     ids=" ".join,
 )
 def test_other_recipes_learn_too(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    heard = train(tmp_path, "train.steps=25", *overrides, "model.d_model=32")
+    heard = train(tmp_path, "train.steps=25", *overrides)
     assert heard.evaluations[-1].loss < 0.7 * heard.steps[0].loss
 
 
@@ -154,9 +156,7 @@ def test_the_step_moves_correction_biases_towards_an_even_load(tmp_path: Path) -
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     overrides = ("optimizer.lr=1e30", "schedule=constant", "schedule.warmup=0", "checkpoint.every=1")
-    with pytest.raises(
-        TrainingError, match=r"^step \d+: the loss term .* is (nan|inf); .*; try a smaller"
-    ):
+    with pytest.raises(TrainingError, match=r"^step \d+: the loss term .* is (nan|inf); .*; try a smaller"):
         train(tmp_path, "train.steps=50", *overrides)
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert saved

@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.blocks.attention import Attention as Attention
     from zoo.blocks.base import Context as Context
+    from zoo.blocks.delta import GatedDelta as GatedDelta
     from zoo.blocks.experts import Experts as Experts
     from zoo.blocks.mlp import MLP as MLP
     from zoo.blocks.moe import MoE as MoE
     from zoo.blocks.norm import Norm as Norm
     from zoo.blocks.router import Router as Router
+    from zoo.blocks.short_conv import ShortConv as ShortConv
 
 _HOMES = {
     "Attention": "zoo.blocks.attention",
     "Context": "zoo.blocks.base",
     "Experts": "zoo.blocks.experts",
+    "GatedDelta": "zoo.blocks.delta",
     "MLP": "zoo.blocks.mlp",
     "MoE": "zoo.blocks.moe",
     "Norm": "zoo.blocks.norm",
     "Router": "zoo.blocks.router",
+    "ShortConv": "zoo.blocks.short_conv",
 }
 """The module of each block; type checkers read the imports above."""
 

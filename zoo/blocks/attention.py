@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.base import Context, Linear, Mixer
 from zoo.blocks.cache import GrowingCache
+from zoo.blocks.indexer import BlockIndexer
 from zoo.blocks.masks import visible_keys
 from zoo.blocks.norm import Norm
 from zoo.blocks.rope import depends_on_length, turn
@@ -42,6 +43,10 @@ class Attention(Mixer):
         gate_widths = {"none": 0, "element": heads * self.v_head_dim, "head": heads}
         self.gate = Linear(d_model, gate_widths[spec.gate]) if spec.gate != "none" else None
         self.sink = nn.Parameter(torch.empty(heads)) if spec.sink else None
+        self.indexer = None
+        if spec.indexer is not None:
+            rotary_dim = spec.rope.rotary_dim(self.head_dim) if spec.rope else 0
+            self.indexer = BlockIndexer(spec.indexer, d_model, self._inner_norm("model"), spec.rope, rotary_dim)
 
     def _inner_norm(self, weight: str) -> Any:
         chosen = self.norm_spec.weight if weight == "model" else weight
@@ -63,11 +68,14 @@ class Attention(Mixer):
             if self.spec.query_scale is None
             else q * query_scale(self.spec.query_scale, context)[..., None, None].to(q)
         )
+        index_keys = [] if self.indexer is None else self.indexer.keys(x, context, state is not None)
         if state is not None:
-            k, v = state.append(k, v)
+            k, v, *index_keys = state.append(k, v, *index_keys)
         if self._keeps_raw_keys:
             k = self._place(k, context, is_key=True)
         mask = visible_keys(context, q.shape[1], k.shape[1], self.spec.mask, self.spec.window)
+        if self.indexer is not None and k.shape[1] > self.indexer.rests_until:
+            mask = self.indexer.restrict(x, index_keys[0], mask, context, self.spec.num_heads)
         q, k, v = (rearrange(part, "b s h k -> b h s k") for part in (q, k, v))
         y = rearrange(self._attend(q, k, v, mask), "b h s k -> b s h k")
         if self.gate is not None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from zoo.spec.base import TypedSpec, decode, mirrored
+from zoo.spec.base import TypedSpec, decode, explained, mirrored
 from zoo.spec.block import BlockSpec
 from zoo.spec.norm import NormSpec
 
@@ -91,7 +91,8 @@ class Block(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.norm_spec = norm or NormSpec()
-        self.spec = described(self.describes, spec, options).resolved(d_model)
+        found = described(self.describes, spec, options)
+        self.spec = explained(lambda: found.resolved(d_model), self.describes.__name__)
 
 
 S = TypeVar("S", bound=TypedSpec)

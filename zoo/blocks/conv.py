@@ -78,7 +78,7 @@ class CausalConv(nn.Module):
 
     def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
         activated = self.activation == "silu"
-        result: Tensor = _Convolution.apply(x, self.weight, self.bias, documents, activated)  # type: ignore[no-untyped-call]
+        result: Tensor = _Convolution.apply(x, self.weight, self.bias, documents, activated)
         return result
 
     def _newest(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class _Convolution(torch.autograd.Function):
         return (F.silu(y) if activated else y).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, documents, y = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)

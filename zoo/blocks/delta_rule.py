@@ -1,15 +1,17 @@
 """The gated delta rule itself: many tokens at a time as matrix products, or one token at a time.
 
-A head's state S [k, v] follows S <- exp(g_t) S; S <- S + beta_t k_t (v_t - S^T k_t)^T, with the output o_t = S^T q_t. The
-log decay g_t <= 0 is one number, or one for each of the k channels. einops letters as everywhere, and `n` chunks, `c`
-tokens of a chunk, `r` heads that share a query-key head.
+A head's state S [k, v] follows S <- exp(g_t) S; S <- S + beta_t k_t (v_t - S^T k_t)^T, with the output o_t = S^T q_t.
+The log decay g_t <= 0 is one number, or one for each of the k channels. Letters of shapes: `n` chunks, `c` tokens of a
+chunk, `g` query-key heads, each shared by some of the `h` heads, `k` and `v` channels of a key and of a value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -47,9 +49,9 @@ def delta_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Many tokens: their outputs [b, s, h, v] and the state [b, h, k, v] after them.
 
-    The updates inside a chunk are one triangular system (arXiv:2406.06484, section 3.2; with decays arXiv:2412.06464,
-    section 3.3, and arXiv:2510.26692, section 4), so the sequential part is a pair of matrix products for each chunk. Every
-    exponent is at most 0, so no decay is too strong.
+    The updates inside a chunk are one triangular system (arXiv:2406.06484; with decays arXiv:2412.06464 and
+    arXiv:2510.26692), so the sequential part is a pair of matrix products for each chunk. Every exponent is a sum of
+    log decays, never a difference of sums: no decay is too strong, and none loses its digits to another.
 
     Args:
         q, k: [b, s, g, k]; head h uses query-key head h // (heads / g).
@@ -65,25 +67,24 @@ def delta_chunks(
     q, k, v, log_decay, beta = (_chunks(part, size) for part in (q, k, v, log_decay, beta[..., None]))
     if log_decay.shape[-1] > 1 and k.shape[2] < heads:
         q, k = (part.repeat_interleave(heads // k.shape[2], 2) for part in (q, k))
-    decay = log_decay.cumsum(-2)
-    enter, leave, fade = decay.exp(), (decay[..., -1:, :] - decay).exp(), decay[..., -1, :, None].exp()
+    enter, leave = log_decay.cumsum(-2).exp(), _until_end(log_decay).exp()
+    fade = enter[..., -1, :, None]
     edges = None if documents is None else _edges(_chunks(documents, size, repeat=True))
     if edges is not None:
         enter, leave, fade = enter * edges.enter, leave * edges.leave, fade * edges.fade
-    among_keys, among_queries = _pairs(q, k, decay, None if edges is None else edges.same)
-    solved = _UnitInverse.apply(among_keys * beta) * beta.mT  # type: ignore[no-untyped-call]
+    among_keys, among_queries = _pairs(q, k, log_decay, None if edges is None else edges.same)
+    solved = _UnitInverse.apply(among_keys * beta) * beta.mT
     writes, reads = solved @ v, solved @ _shared(k, enter)
     if state is None:
         state = v.new_zeros(batch_size, heads, k.shape[-1], v_dim)
-    new, states = _Scan.apply(writes, reads, _shared(k, leave), fade, state)  # type: ignore[no-untyped-call]
-    y = _shared(q, enter) @ states[:-1] + among_queries @ new
-    return rearrange(y, "n b h c v -> b (n c) h v")[:, :length], states[-1]
+    new, before, last = _Scan.apply(writes, reads, _shared(k, leave), fade, state)
+    y = _shared(q, enter) @ before + among_queries @ new
+    return rearrange(y, "n b h c v -> b (n c) h v")[:, :length], last
 
 
 def _chunks(x: Tensor, size: int, repeat: bool = False) -> Tensor:
-    """x [b, s, h, k] as [n, b, h, c, k], or [b, s] as [n, b, c]; the last chunk is filled with zeros or the last item."""
-    batch_size, length = x.shape[:2]
-    missing = -length % size
+    """x [b, s, h, k] as [n, b, h, c, k], or [b, s] as [n, b, c]; zeros or the last item fill the last chunk."""
+    missing = -x.shape[1] % size
     if missing:
         filler = x[:, -1:].expand(-1, missing, *x.shape[2:])
         x = torch.cat((x, filler if repeat else torch.zeros_like(filler)), 1)
@@ -108,11 +109,18 @@ class _Edges(NamedTuple):
 def _edges(documents: Tensor) -> _Edges:
     last = documents[..., -1]
     before = torch.cat((documents[:1, :, 0], last[:-1]))
-    same = documents[..., :, None] == documents[..., None, :]
-    enter, leave = documents == before[..., None], documents == last[..., None]
+    tokens = documents[:, :, None, :, None]
     return _Edges(
-        same[:, :, None], enter[:, :, None, :, None], leave[:, :, None, :, None], (last == before)[..., None, None, None]
+        same=tokens == tokens.mT,
+        enter=tokens == before[:, :, None, None, None],
+        leave=tokens == last[:, :, None, None, None],
+        fade=(last == before)[:, :, None, None, None],
     )
+
+
+def _until_end(log_decay: Tensor) -> Tensor:
+    """For each token of [..., c, k] the sum of those after it."""
+    return F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def _shared(x: Tensor, factor: Tensor) -> Tensor:
@@ -122,20 +130,20 @@ def _shared(x: Tensor, factor: Tensor) -> Tensor:
     return (x[:, :, :, None] * factor.unflatten(2, (x.shape[2], -1))).flatten(2, 3)
 
 
-def _pairs(q: Tensor, k: Tensor, decay: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Products of each token with the earlier ones of its chunk, faded: keys with keys, queries with keys [n, b, h, c, c].
+def _pairs(q: Tensor, k: Tensor, log_decay: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Products of each token with the earlier ones of its chunk, faded: keys with keys and queries with keys.
 
-    Only what is below the diagonal of the first counts; the second is zero above it.
-
-    Args:
-        decay: [n, b, h, c, 1 or k], summed from the start of the chunk.
+    Both [n, b, h, c, c]. Only what is below the diagonal of the first counts; the second is zero above it.
     """
-    if decay.shape[-1] > 1:
-        among_keys, among_queries = _ChannelPairs.apply(q, k, decay)  # type: ignore[no-untyped-call]
+    if log_decay.shape[-1] > 1:
+        among_keys, among_queries = _ChannelPairs.apply(q, k, log_decay)
         return (among_keys, among_queries) if same is None else (among_keys * same, among_queries * same)
     size = k.shape[-2]
-    apart = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
-    faded = (decay - decay.mT).masked_fill(apart if same is None else apart | ~same, -torch.inf).exp()
+    earlier = torch.ones(size, size, dtype=torch.bool, device=k.device).tril(-1)
+    # Entry (i, j) sums the log decays of j + 1 ... i (arXiv:2405.21060, listing 1).
+    between = log_decay.expand(*log_decay.shape[:-1], size).masked_fill(~earlier, 0).cumsum(-2)
+    apart = earlier.mT if same is None else earlier.mT | ~same
+    faded = between.masked_fill(apart, -torch.inf).exp()
     return _shared(k @ k.mT, faded), _shared(q @ k.mT, faded)
 
 
@@ -145,60 +153,66 @@ def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(-1, (count, size)).unflatten(-3, (count, size)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
+def _below(x: Tensor, half: int) -> Tensor:
+    """Second halves against first [..., c / size, half, half] in the blocks of size = 2 half on the diagonal of x."""
+    return _diagonal_blocks(x, 2 * half)[..., half:, :half]
+
+
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """First and second halves [..., c / (2 half), half, k] of the blocks of x [..., c, k] along its tokens."""
     first, second = x.unflatten(-2, (-1, 2, half)).unbind(-3)
     return first, second
 
 
-class _ChannelPairs(torch.autograd.Function):
-    """Products of tokens with a decay for each channel: sum_k x_ik y_jk exp(decay_ik - decay_jk), below the diagonal.
+def _meetings(log_decay: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For blocks of size 2, 4, ... c: half the size, the factors by which a state fades from the middle of the block to
+    each token of its second half, and from each token of its first half to the middle: [..., c / size, half, k]."""
+    since, until, half = log_decay.clone(), torch.zeros_like(log_decay), 1
+    while half < log_decay.shape[-2]:
+        (first, late), (early, _) = _halves(since, half), _halves(until, half)
+        yield half, late.exp(), early.exp()
+        early += late[..., -1:, :]
+        late += first[..., -1:, :]
+        half *= 2
 
-    A block is halved again and again: its second half meets its first by way of the token between them, which splits the
-    exponent into two of which neither is above 0, and makes it a matrix product.
+
+class _ChannelPairs(torch.autograd.Function):
+    """The pairs with a decay for each channel: sum_k x_ik y_jk exp(log decays of j + 1 ... i in channel k).
+
+    A block is halved again and again: its second half meets its first by way of the middle, which splits the exponent
+    into two of which neither is above 0, and makes the sum a matrix product.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, decay)
-        size = k.shape[-2]
-        among_keys = k.new_zeros(*k.shape[:-1], size)
+    def forward(ctx: Any, q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, log_decay)
+        among_keys = k.new_zeros(*k.shape[:-1], k.shape[-2])
         among_queries = torch.diag_embed((q * k).sum(-1))
-        half = 1
-        while half < size:
-            late_q, late_k, early_k, _, _ = _meeting(q, k, decay, half)
-            _diagonal_blocks(among_keys, 2 * half)[..., half:, :half] = late_k @ early_k.mT
-            _diagonal_blocks(among_queries, 2 * half)[..., half:, :half] = late_q @ early_k.mT
-            half *= 2
+        for half, late, early in _meetings(log_decay):
+            early_k = (_halves(k, half)[0] * early).mT
+            _below(among_keys, half).copy_((_halves(k, half)[1] * late) @ early_k)
+            _below(among_queries, half).copy_((_halves(q, half)[1] * late) @ early_k)
         return among_keys, among_queries
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_keys: Tensor, grad_queries: Tensor) -> tuple[Tensor, ...]:
-        q, k, decay = ctx.saved_tensors
-        # The gradients of each role apart: a late token's factor is x exp(decay), an early one's x exp(-decay), so the
-        # gradient of its decay is x times that of x, with the sign of its role; the token between cancels.
+        q, k, log_decay = ctx.saved_tensors
         grad_q, grad_late, grad_early = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(k)
-        half = 1
-        while half < k.shape[-2]:
-            late_q, late_k, early_k, late, early = _meeting(q, k, decay, half)
-            from_keys = _diagonal_blocks(grad_keys, 2 * half)[..., half:, :half]
-            from_queries = _diagonal_blocks(grad_queries, 2 * half)[..., half:, :half]
-            _halves(grad_q, half)[1].addcmul_(from_queries @ early_k, late)
-            _halves(grad_late, half)[1].addcmul_(from_keys @ early_k, late)
-            _halves(grad_early, half)[0].addcmul_(from_queries.mT @ late_q + from_keys.mT @ late_k, early)
-            half *= 2
-        grad_decay = q * grad_q + k * (grad_late - grad_early)
+        for half, late, early in _meetings(log_decay):
+            (early_k, late_k), (_, late_q) = _halves(k, half), _halves(q, half)
+            from_keys, from_queries = _below(grad_keys, half), _below(grad_queries, half)
+            faded = early_k * early
+            _halves(grad_q, half)[1].addcmul_(from_queries @ faded, late)
+            _halves(grad_late, half)[1].addcmul_(from_keys @ faded, late)
+            met = from_queries.mT @ (late_q * late) + from_keys.mT @ (late_k * late)
+            _halves(grad_early, half)[0].addcmul_(met, early)
+        # With log decays summed from the chunk's start, a late token is x exp(sum) and an early one x exp(-sum): the
+        # gradient of the sum is x times that of x, with the sign of its role.
+        grad_sum = q * grad_q + k * (grad_late - grad_early)
         own = grad_queries.diagonal(dim1=-2, dim2=-1)[..., None]
-        return grad_q.addcmul_(own, k), (grad_late + grad_early).addcmul_(own, q), grad_decay
-
-
-def _meeting(q: Tensor, k: Tensor, decay: Tensor, half: int) -> tuple[Tensor, ...]:
-    """Late queries and keys and early keys, each faded to the token between the halves, and the factors of both."""
-    early_decay, late_decay = _halves(decay, half)
-    between = early_decay[..., -1:, :]
-    late, early = (late_decay - between).exp(), (between - early_decay).exp()
-    return _halves(q, half)[1] * late, _halves(k, half)[1] * late, _halves(k, half)[0] * early, late, early
+        grad_k = (grad_late + grad_early).addcmul_(own, q)
+        return grad_q.addcmul_(own, k), grad_k, grad_sum.flip(-2).cumsum(-2).flip(-2)
 
 
 class _UnitInverse(torch.autograd.Function):
@@ -214,54 +228,54 @@ class _UnitInverse(torch.autograd.Function):
         half = 1
         while half < size:
             blocks = _diagonal_blocks(inverse, 2 * half)
-            below = _diagonal_blocks(x, 2 * half)[..., half:, :half]
-            blocks[..., half:, :half] = -(blocks[..., half:, half:] @ below @ blocks[..., :half, :half])
+            first, second = blocks[..., :half, :half], blocks[..., half:, half:]
+            _below(inverse, half).copy_((second @ _below(x, half) @ first).neg_())
             half *= 2
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+        return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 
 class _Scan(torch.autograd.Function):
     """The part that goes chunk by chunk: new_i = writes_i - reads_i S_i; S_(i+1) = fade_i S_i + keys_i^T new_i.
 
-    From writes [n, b, h, c, v], reads and keys [n, b, h, c, k], fade [n, b, h, 1 or k, 1] and the first state [b, h, k, v]
-    it makes new [n, b, h, c, v] and all states [n + 1, b, h, k, v].
+    From writes [n, b, h, c, v], reads and keys [n, b, h, c, k], fade [n, b, h, 1 or k, 1] and the first state
+    [b, h, k, v] it makes new [n, b, h, c, v], the state before each chunk [n, b, h, k, v] and the last [b, h, k, v].
     """
 
     @staticmethod
     def forward(
         ctx: Any, writes: Tensor, reads: Tensor, keys: Tensor, fade: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        new, states = writes.clone(), state.new_empty(len(writes) + 1, *state.shape)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        new, states = torch.empty_like(writes), state.new_empty(len(writes) + 1, *state.shape)
         states[0] = state
-        # bmm works on [b h, ...]; these are views.
-        flat_new, flat_states, flat_reads, flat_keys = (part.flatten(1, 2) for part in (new, states, reads, keys))
+        # Views: a batched product takes [b h, ...].
+        flat_new, flat_states = new.flatten(1, 2), states.flatten(1, 2)
+        flat_writes, flat_reads, flat_keys = (part.flatten(1, 2) for part in (writes, reads, keys))
         for i in range(len(writes)):
-            flat_new[i].baddbmm_(flat_reads[i], flat_states[i], alpha=-1)
+            torch.baddbmm(flat_writes[i], flat_reads[i], flat_states[i], alpha=-1, out=flat_new[i])
             torch.mul(states[i], fade[i], out=states[i + 1])
-            flat_states[i + 1].baddbmm_(flat_keys[i].mT, flat_new[i])
-        ctx.save_for_backward(reads, keys, fade, new, states)
-        return new, states
+            torch.baddbmm(flat_states[i + 1], flat_keys[i].mT, flat_new[i], out=flat_states[i + 1])
+        before, last = states[:-1], states[-1]
+        ctx.save_for_backward(reads, keys, fade, new, before)
+        return new, before, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_new: Tensor, grad_states: Tensor) -> tuple[Tensor, ...]:
-        reads, keys, fade, new, states = ctx.saved_tensors
-        grad_new, grad_states = grad_new.clone(), grad_states.clone()
-        flat_new, flat_states, flat_reads, flat_keys = (
-            part.flatten(1, 2) for part in (grad_new, grad_states, reads, keys)
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad_new: Tensor, grad_before: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
+        reads, keys, fade, new, before = ctx.saved_tensors
+        grad_new, grads = grad_new.clone(), torch.cat((grad_before, grad_last[None]))
+        flat_new, flat_grads, flat_reads, flat_keys = (part.flatten(1, 2) for part in (grad_new, grads, reads, keys))
         for i in reversed(range(len(reads))):
-            flat_new[i].baddbmm_(flat_keys[i], flat_states[i + 1])
-            grad_states[i].addcmul_(grad_states[i + 1], fade[i])
-            flat_states[i].baddbmm_(flat_reads[i].mT, flat_new[i], alpha=-1)
-        before, after = states[:-1], grad_states[1:]
+            flat_new[i].baddbmm_(flat_keys[i], flat_grads[i + 1])
+            grads[i].addcmul_(grads[i + 1], fade[i])
+            flat_grads[i].baddbmm_(flat_reads[i].mT, flat_new[i], alpha=-1)
+        after = grads[1:]
         grad_fade = (before * after).sum(-1, keepdim=True)
         grad_fade = grad_fade if fade.shape[-2] > 1 else grad_fade.sum(-2, keepdim=True)
-        return grad_new, -(grad_new @ before.mT), new @ after.mT, grad_fade, grad_states[0]
+        return grad_new, (grad_new @ before.mT).neg_(), new @ after.mT, grad_fade, grads[0]

@@ -59,7 +59,7 @@ def gather(x: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def combine(rows: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
-    """`sum_rows` of rows [n, d] with weights [t, c] of any floating dtype. Differentiable; the gradients are gathered."""
+    """`sum_rows` of rows [n, d], weights [t, c] of any floating dtype. Differentiable; the gradients are gathered."""
     result: Tensor = _Combine.apply(rows, weights, dispatch)
     return result
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo.blocks.attention import query_scale
 from zoo.blocks.base import Context, Linear, Mixer
 from zoo.blocks.cache import GrowingCache
-from zoo.blocks.indexer import Indexer
+from zoo.blocks.indexer import Indexer, causal
 from zoo.blocks.masks import visible_keys
 from zoo.blocks.norm import Norm
 from zoo.blocks.rope import turn, yarn_mscale
@@ -65,7 +65,7 @@ class MLA(Mixer):
             memory, *index_keys = state.append(memory, *index_keys)
         mask = visible_keys(context, x.shape[1], num_keys, "causal", None)
         if self.spec.indexer is not None and num_keys > self.spec.indexer.top_k:
-            mask = _causal(x.shape[1], context) if mask is None else mask
+            mask = causal(context, num_keys) if mask is None else mask
             chosen = self._choose(x, q_source, index_keys, mask, context)
             memory, mask = _restrict(memory, mask, chosen)
         y = self._attend(q, memory, mask, absorb=self.absorbing_pays(q.shape[1], memory.shape[1]))
@@ -130,7 +130,8 @@ class MLA(Mixer):
         Args:
             mask: [b or 1, 1, s, n] as `visible_keys` gives it; None only where s is 1 or n.
             absorb: fold the projection of the keys into the queries and that of the values into the result: then all
-                heads attend to the memory as it is (arXiv:2405.04434, section 2.1.2). Equal up to rounding. Needs a mask or s = 1.
+                heads attend to the memory as it is (arXiv:2405.04434, section 2.1.2). Equal up to rounding. Needs a
+                mask or s = 1.
         """
         spec, heads = self.spec, self.spec.num_heads
         latent, shared = memory.split((spec.d_kv_latent, spec.rope_head_dim), -1)
@@ -171,18 +172,6 @@ def _opening(logits: Tensor) -> Tensor:
     """
     wide = logits.to(torch.float32).flatten()
     return torch.sigmoid(F.pad(wide, (0, -len(wide) % 64)))[: len(wide)].view_as(logits)
-
-
-def _causal(num_queries: int, context: Context) -> Tensor:
-    """[1, 1, s, n] bool: what the absence of a mask means, every key up to the query."""
-    num_keys, device = context.past + num_queries, context.positions.device
-
-    def make() -> Tensor:
-        return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)[
-            None, None
-        ]
-
-    return context.once(("causal", num_queries), make)
 
 
 def _restrict(memory: Tensor, seen: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

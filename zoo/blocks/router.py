@@ -34,7 +34,7 @@ class RouterModule(nn.Module):
     """Base of all routers: a matrix that makes logits, and a rule that makes choices of them.
 
     A subclass names its description in `describes` and gives the rule, `route`. All arithmetic is fp32, also under
-    autocast; a product with an input in fp64 is taken in fp64 first.
+    autocast; what is fp64 in an fp64 model says `RouterSpec.arithmetic`.
     """
 
     describes: ClassVar[type[RouterSpec]]
@@ -84,9 +84,11 @@ class RouterModule(nn.Module):
             return self.route(self.logits(x))
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [..., d_model] -> [..., e] fp32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide)).to(torch.float32)
+        """x [..., d_model] -> [..., e] fp32, or fp64."""
+        arithmetic = self.choice.router.arithmetic
+        wide = torch.float32 if arithmetic == "fp32" else torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        return logits if arithmetic == "model" else logits.to(torch.float32)
 
     def route(self, logits: Tensor) -> Routing:
         """Choose by logits [..., e] fp32."""
@@ -132,11 +134,11 @@ class Router(RouterModule):
 
     def logits(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            d_model = x.shape[-1]
-            x = F.rms_norm(x, (d_model,), eps=self.norm_spec.eps) * (self.input_scale.to(x.dtype) * d_model**-0.5)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            normed = F.rms_norm(x.to(torch.float32), x.shape[-1:], eps=self.norm_spec.eps).to(wide)
+            x = normed * (self.input_scale.to(wide) * x.shape[-1] ** -0.5)
         logits = super().logits(x)
-        return logits if self.bias is None else logits + self.bias.to(torch.float32)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def route(self, logits: Tensor) -> Routing:
         spec, score = self.spec, _SCORES[self.spec.score]
@@ -151,7 +153,7 @@ class Router(RouterModule):
             # The summand only matters where sigmoids of all chosen experts underflow to 0.
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.expert_scale is not None:
-            weights = weights * self.expert_scale.to(torch.float32)[indices]
+            weights = weights * self.expert_scale[indices]
         if spec.route_scale != 1:
             weights = weights * spec.route_scale
         return Routing(weights, indices, scores, logits)

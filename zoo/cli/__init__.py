@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(usage())
         elif verb == "--version":
             print(f"zoo {__version__}")
+        elif verb in ("-sc", "--shell-completion"):
+            importlib.import_module("zoo.cli.completion").run([verb, *rest])
         elif verb not in VERBS:
             raise ConfigError(_unknown(verb))
         else:
@@ -49,7 +51,9 @@ def usage() -> str:
 {verbs}
 
 'zoo VERB --help' says more about one. Overrides change any setting, as in Hydra:
-  zoo show tiny_moe model.moe.num_experts=64 model/moe/router=sigmoid"""
+  zoo show tiny_moe model.moe.num_experts=64 model/moe/router=sigmoid
+
+Completion in bash: eval "$(zoo -sc install=bash)\""""
 
 
 def _unknown(verb: str) -> str:

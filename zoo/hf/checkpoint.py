@@ -7,7 +7,9 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -24,7 +26,11 @@ CONFIG = "config.json"
 
 
 def from_pretrained(
-    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mtp: bool = False,
 ) -> Decoder:
     """The model of a directory that holds config.json and safetensors files.
 
@@ -32,6 +38,7 @@ def from_pretrained(
 
     Args:
         dtype: of the weights; None: each as it is stored.
+        mtp: build and read the blocks of multi-token prediction too.
 
     Returns:
         The model, in evaluation mode.
@@ -43,6 +50,10 @@ def from_pretrained(
     directory = _directory(path)
     config = read_json(directory / CONFIG)
     spec, family = spec_from_hf(config), family_of(config)
+    if mtp:
+        if spec.mtp is None:
+            raise ConfigError(f"{directory}: mtp: {CONFIG} describes no blocks of multi-token prediction; leave it out")
+        spec = spec.replace(mtp=spec.mtp.replace(enabled=True))
     tensors = StoredTensors(directory)
     asked, held = spec.params().total, sum(math.prod(shape) for shape in tensors.shapes.values())
     if asked > 16 * held:  # an absurd config: no use building it to name what is missing
@@ -54,8 +65,10 @@ def from_pretrained(
         _take_dtypes(model, dtypes)
     targets = model.state_dict()
     with torch.no_grad():
-        for stored in plan:
-            stored.view(targets[stored.zoo]).copy_(tensors.read(stored.name))
+        for name, parts in groupby(plan, lambda stored: stored.name):
+            tensor = tensors.read(name)
+            for stored in parts:
+                stored.view(targets[stored.zoo]).copy_(stored.part(tensor) if stored.part else tensor)
     return model.eval()
 
 
@@ -74,18 +87,28 @@ def save_pretrained(model: Decoder, path: str | os.PathLike[str], max_shard_byte
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     parameters = model.state_dict()
-    plan = stored_tensors(family_of(config).weights, {name: tuple(value.shape) for name, value in parameters.items()})
-    entries: list[Entry] = [
-        (stored.name, parameters[stored.zoo].dtype, stored.shape, partial(_stored, stored, parameters[stored.zoo]))
-        for stored in plan
-    ]
+    family, shapes = family_of(config), {name: tuple(value.shape) for name, value in parameters.items()}
+    plan = stored_tensors(family.weights, shapes, homes=family.homes(model.spec))
+    entries: list[Entry] = []
+    for name, group in groupby(plan, lambda stored: stored.name):
+        parts = list(group)
+        entries.append((name, parameters[parts[0].zoo].dtype, parts[0].shape, partial(_stored, parts, parameters)))
     write_tensors(directory, entries, max_shard_bytes)
     config["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored(stored: Stored, parameter: Tensor) -> Tensor:
-    return stored.view(parameter)
+def _stored(parts: Sequence[Stored], parameters: Mapping[str, Tensor]) -> Tensor:
+    """A stored tensor, put together from the parameters that it holds."""
+    first = parts[0]
+    view = first.view(parameters[first.zoo])
+    if first.part is None:
+        return view
+    tensor = torch.empty(first.shape, dtype=view.dtype, device=view.device)
+    for stored in parts:
+        assert stored.part is not None
+        stored.part(tensor).copy_(stored.view(parameters[stored.zoo]))
+    return tensor
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
@@ -97,12 +120,12 @@ def _directory(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _matched(family: Family, model: nn.Module, tensors: StoredTensors, directory: Path) -> list[Stored]:
+def _matched(family: Family, model: Decoder, tensors: StoredTensors, directory: Path) -> list[Stored]:
     """The stored tensors that fill the model, after holding all names and shapes against each other."""
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     plan: list[Stored] = []
     faults: list[str] = []
-    for stored in stored_tensors(family.weights, parameters, tensors.shapes.__contains__):
+    for stored in stored_tensors(family.weights, parameters, tensors.shapes.__contains__, family.homes(model.spec)):
         found = tensors.shapes.get(stored.name)
         if found is None:
             faults.append(f"{stored.name}: missing ({stored.zoo})")
@@ -112,9 +135,10 @@ def _matched(family: Family, model: nn.Module, tensors: StoredTensors, directory
             plan.append(stored)
         if len(faults) >= _MANY:
             break
+    ignored = family.left_out(model.spec)
     left = tensors.shapes.keys() - {stored.name for stored in plan} if not faults else set()
     for name in sorted(left):
-        if not any(re.fullmatch(pattern, name) for pattern in family.ignored_weights):
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
             faults += _left_over(name, family, tensors)
     if faults:
         more = "\n  ..." if len(faults) > _MANY - 1 else ""
@@ -137,9 +161,13 @@ def _left_over(name: str, family: Family, tensors: StoredTensors) -> list[str]:
 
 
 def _take_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Give each parameter the dtype that it is stored in."""
+    """Give each parameter and buffer the dtype that it is stored in."""
     for name, parameter in list(model.named_parameters()):
         if parameter.dtype != dtypes[name]:
             owner = model.get_submodule(name.rpartition(".")[0])
             empty = torch.empty_like(parameter, dtype=dtypes[name], device=parameter.device)
             owner.register_parameter(name.rpartition(".")[2], nn.Parameter(empty))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.dtype != dtypes.get(name, buffer.dtype):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], torch.empty_like(buffer, dtype=dtypes[name]))

@@ -40,7 +40,7 @@ def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
     """
     named = spec.card.family if spec.card else ""
     failures: list[tuple[Family, ConfigError]] = []
-    for family in sorted(FAMILIES, key=lambda family: family.model_type != named):
+    for family in sorted(FAMILIES, key=lambda family: named not in (family.model_type, *family.aliases)):
         try:
             return family.write(spec)
         except ConfigError as error:
@@ -61,7 +61,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ConfigError: it names none, or one that zoo does not know.
     """
     name = config.get("model_type")
-    known = {family.model_type: family for family in FAMILIES}
+    known = {name: family for family in FAMILIES for name in (family.model_type, *family.aliases)}
     if not isinstance(name, str) or name not in known:
         raise refused("model_type", name, near(name, known) or f"understood: {', '.join(sorted(known))}")
     return known[name]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.hf.keys import Keys
+from zoo.hf.keys import IGNORED, Keys
 from zoo.hf.layers import Layers
+from zoo.hf.mtp import MTPNames
 from zoo.hf.rows import Row, Tree
-from zoo.hf.weights import WeightRow
+from zoo.hf.weights import Home, JointRow, Rows, WeightRow
 from zoo.spec.base import ConfigError, decode, near
 from zoo.spec.block import BlockSpec
 from zoo.spec.model import KindSpec, ModelSpec
-from zoo.spec.pattern import compress
+from zoo.spec.pattern import compress, expand
 
 
 class WrongBlocks(ConfigError):
@@ -26,12 +27,15 @@ class Slot:
 
     spec: type[BlockSpec]
     when: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that tell it from other slots of its type."""
+    """Fields, by dotted paths, that tell it from other slots of its type."""
     like: str | None = None
     """Another slot; fields that no row gives are taken from there."""
+    weights: Callable[[Any], Iterable[WeightRow | JointRow]] | None = None
+    """Statements on its parameters that follow from its numbers or that do not hold for other blocks."""
 
     def fits(self, block: BlockSpec) -> bool:
-        return isinstance(block, self.spec) and all(getattr(block, name) == value for name, value in self.when.items())
+        described = Tree(block.to_dict())
+        return isinstance(block, self.spec) and all(described.get(path) == value for path, value in self.when.items())
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,19 @@ class Family:
     slots: Mapping[str, Slot]
     layers: Layers
     rows: tuple[Row, ...]
-    weights: tuple[WeightRow, ...]
+    weights: tuple[WeightRow | JointRow, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the class in transformers takes for keys that a config.json may leave out."""
     tied_head: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
     """Names of the head and of the embedding: where they are tied, a checkpoint may hold both or the latter alone."""
     ignored_weights: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     """Patterns of stored tensors that are no weights."""
+    nested: tuple[str, ...] = ()
+    """Keys that hold objects; tables call their keys `object.key`."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the same architecture in configs; they are not written."""
+    mtp: MTPNames | None = None
+    """Stored names of the blocks of multi-token prediction."""
 
     def read(self, config: Mapping[str, Any]) -> ModelSpec:
         """The model that a config.json describes.
@@ -57,7 +67,7 @@ class Family:
         Raises:
             ConfigError: keys that are missing, not understood, or refused.
         """
-        keys = Keys(config, self.defaults)
+        keys = Keys(dict(self._flat(config)), self.defaults)
         model = Tree()
         model.set("card", {"family": self.model_type, "source": "config.json"})
         for row in self.rows:
@@ -68,13 +78,29 @@ class Family:
             raise ConfigError(
                 f"config.json: not understood for model_type {self.model_type!r}: {', '.join(unknown)}; {advice}"
             )
-        kinds = {name: self.layers.kinds[name] for name in dict.fromkeys(layers)}
-        used = {slot for pair in kinds.values() for slot in pair if slot is not None}
+        further = expand(mtp["layers"]) if (mtp := model.get("mtp")) else ()
+        kinds = {name: self.layers.kinds[name] for name in dict.fromkeys([*layers, *further])}
+        options = {name: self.layers.options.get(name, {}) for name in kinds}
+        used = {slot for name, pair in kinds.items() for slot in (*pair, options[name].get("beside")) if slot}
         described = {name: self._block(name, model) for name in self.slots if name in used}
         trunk = {name: value for name, value in model.data.items() if name not in self.slots}
-        kind_specs = {name: {"mixer": mixer, "ffn": ffn} for name, (mixer, ffn) in kinds.items()}
+        kind_specs = {name: {"mixer": mixer, "ffn": ffn, **options[name]} for name, (mixer, ffn) in kinds.items()}
         whole = {**trunk, "slots": described, "kinds": kind_specs, "layers": compress(tuple(layers))}
         return decode(ModelSpec, whole, "model")
+
+    def _flat(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in config.items():
+            if name in self.nested and isinstance(value, Mapping):
+                # An object of a class of its own, which names itself.
+                yield from ((f"{name}.{key}", inner) for key, inner in value.items() if key not in IGNORED)
+            else:
+                yield name, value
+
+    def _folded(self, config: dict[str, Any]) -> dict[str, Any]:
+        for name in self.nested:
+            inside = [key for key in config if key.startswith(f"{name}.")]
+            config[name] = {key.removeprefix(f"{name}."): config.pop(key) for key in inside}
+        return config
 
     def _block(self, name: str, model: Tree) -> dict[str, Any]:
         slot = self.slots[name]
@@ -98,6 +124,7 @@ class Family:
         self.layers.write(pairs, config)
         # Special tokens belong to a tokenizer; null keeps transformers from assuming those of its class.
         config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        config = self._folded(config)
         if reasons := list(differences(spec, self.read(config))):
             raise ConfigError("\n".join(reasons))
         return config
@@ -117,8 +144,31 @@ class Family:
                 raise WrongBlocks(f"{name}: must be the same in all layers that have one")
             return fitting[0]
 
-        kinds = {name: (assign(spec.kinds[name].mixer), assign(spec.kinds[name].ffn)) for name in set(spec.layer_kinds)}
+        names = list(dict.fromkeys([*spec.layer_kinds, *_mtp_kinds(spec)]))
+        kinds = {name: (assign(spec.kinds[name].mixer), assign(spec.kinds[name].ffn)) for name in names}
+        for name in names:
+            assign(spec.kinds[name].beside)
         return [kinds[name] for name in spec.layer_kinds], slots
+
+    def homes(self, spec: ModelSpec) -> dict[str, Home]:
+        """Where a checkpoint holds the layers, by what names of their parameters begin with."""
+        rows = {name: self._rows(spec, spec.kinds[name]) for name in {*spec.layer_kinds, *_mtp_kinds(spec)}}
+        homes = {f"layers.{index}.": Home(str(index), rows[kind]) for index, kind in enumerate(spec.layer_kinds)}
+        if spec.mtp is not None and spec.mtp.enabled:
+            if self.mtp is None:
+                raise ConfigError(f"mtp: enabled; {self.model_type} has no names for its blocks, switch it off")
+            homes |= self.mtp.homes(spec, rows)
+        return homes
+
+    def _rows(self, spec: ModelSpec, kind: KindSpec) -> Rows:
+        """The statements that hold in layers of a kind alone."""
+        blocks = [spec.slots[name] for name in (kind.mixer, kind.ffn, kind.beside) if name is not None]
+        slots = [(next((slot for slot in self.slots.values() if slot.fits(block)), None), block) for block in blocks]
+        return tuple(row for slot, block in slots if slot and slot.weights for row in slot.weights(block))
+
+    def left_out(self, spec: ModelSpec) -> list[str]:
+        """Patterns of stored tensors that are no weights of the model."""
+        return [*self.ignored_weights, *(self.mtp.left_out(spec) if self.mtp else ())]
 
 
 # What a config.json says nothing about or what acts only in training: no reason to refuse a model.
@@ -128,7 +178,8 @@ _NOT_COMPARED = {"name", "card", "slots", "kinds", "layers", "init", "norm_place
 def differences(wanted: ModelSpec, got: ModelSpec) -> Iterator[str]:
     """How the computations of two models differ, one line each; names of slots and layers do not matter."""
     yield from _unequal("", _trunk(wanted), _trunk(got))
-    for ours, theirs in dict.fromkeys(zip(wanted.layer_kinds, got.layer_kinds, strict=True)):
+    further = zip(_mtp_kinds(wanted), _mtp_kinds(got), strict=False)
+    for ours, theirs in dict.fromkeys([*zip(wanted.layer_kinds, got.layer_kinds, strict=True), *further]):
         kind, other = wanted.kinds[ours], got.kinds[theirs]
         for branch in ("mixer", "ffn", "beside"):
             name, counterpart = getattr(kind, branch), getattr(other, branch)
@@ -138,11 +189,17 @@ def differences(wanted: ModelSpec, got: ModelSpec) -> Iterator[str]:
 
 def _trunk(spec: ModelSpec) -> dict[str, Any]:
     compared = ModelSpec.model_fields.keys() - _NOT_COMPARED
-    return {name: value for name, value in spec.to_dict().items() if name in compared}
+    mtp = spec.mtp and {"blocks": spec.mtp.num_blocks, "num_layers": len(_mtp_kinds(spec))}
+    return {name: value for name, value in spec.to_dict().items() if name in compared} | {"mtp": mtp}
+
+
+def _mtp_kinds(spec: ModelSpec) -> tuple[str, ...]:
+    """The kinds of the layers of one block of multi-token prediction."""
+    return expand(spec.mtp.layers) if spec.mtp else ()
 
 
 def _block(spec: ModelSpec, name: str | None) -> Any:
-    return None if name is None else {**spec.slots[name].to_dict(), "balance": None}
+    return None if name is None else {**spec.slots[name].to_dict(), "balance": None, "chunk_size": None}
 
 
 def _placements(spec: ModelSpec, kind: KindSpec) -> dict[str, str]:
@@ -159,5 +216,5 @@ def _unequal(path: str, wanted: Any, got: Any) -> Iterator[str]:
         for name in dict.fromkeys([*wanted, *got]):
             yield from _unequal(f"{path}.{name}".strip("."), wanted.get(name), got.get(name))
     elif wanted != got:
-        shown = [value.get("type") if isinstance(value, Mapping) else value for value in (wanted, got)]
+        shown = [value.get("type", "something") if isinstance(value, Mapping) else value for value in (wanted, got)]
         yield f"{path}: {shown[0]!r} here, {shown[1]!r} there"

@@ -24,7 +24,8 @@ IGNORED = frozenset(
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
-_ABSENT = object()
+ABSENT: Any = object()
+"""Stands for a default that is not given."""
 
 
 class Keys:
@@ -40,7 +41,7 @@ class Keys:
         self._defaults = defaults
         self.taken: set[str] = set()
 
-    def take(self, name: str, default: Any = _ABSENT) -> Any:
+    def take(self, name: str, default: Any = ABSENT) -> Any:
         """The value of a key; `default` beats the family's default.
 
         Raises:
@@ -49,11 +50,15 @@ class Keys:
         self.taken.add(name)
         if name in self.config:
             return self.config[name]
-        if default is _ABSENT:
-            default = self._defaults.get(name, _ABSENT)
-        if default is _ABSENT:
+        if default is ABSENT:
+            default = self._defaults.get(name, ABSENT)
+        if default is ABSENT:
             raise ConfigError(f"config.json: {name} is missing; give it a value")
         return default
+
+    def default(self, name: str) -> Any:
+        """What the family's class takes for a key that is absent; None where the key has no default."""
+        return self._defaults.get(name)
 
     def take_first(self, names: Iterable[str]) -> Any:
         """The value of a key that has several spellings; all that are present must agree."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from zoo.hf.keys import Keys, refused
@@ -86,6 +86,56 @@ class SparseSteps:
 
 
 @dataclass(frozen=True)
+class FirstDense:
+    """The first so many layers are dense, all others sparse."""
+
+    key: str = "first_k_dense_replace"
+    listed: str | None = "mlp_layer_types"
+    """A key that names the type of each layer instead, `dense` or `sparse`; None: the family has none."""
+    write_list: bool = False
+    """Write the list, not the number."""
+    dense: str = "mlp"
+    sparse: str = "moe"
+
+    def read(self, keys: Keys, num_layers: int) -> list[str]:
+        def rule(keys: Keys, num_layers: int) -> list[str]:
+            first = min(keys.integer(self.key, 0, 1_000_000), num_layers)
+            return [self.dense] * first + [self.sparse] * (num_layers - first)
+
+        if self.listed is None or keys.take(self.listed, None) is None:
+            return rule(keys, num_layers)
+        keys.take(self.key, None)
+        return Listed(self.listed, {"dense": self.dense, "sparse": self.sparse}, rule).read(keys, num_layers)
+
+    def write(self, chosen: Sequence[str | None], config: dict[str, Any]) -> None:
+        if self.write_list and self.listed is not None:
+            config[self.listed] = ["dense" if slot == self.dense else "sparse" for slot in chosen]
+        else:
+            first = next((layer for layer, slot in enumerate(chosen) if slot != self.dense), len(chosen))
+            config[self.key] = first
+
+
+def every_fourth_full(keys: Keys, num_layers: int) -> list[str]:
+    """Three sliding layers, then one that sees all."""
+    return ["attention" if (layer + 1) % 4 == 0 else "local" for layer in range(num_layers)]
+
+
+def every_second_full(keys: Keys, num_layers: int) -> list[str]:
+    """One sliding layer, then one that sees all."""
+    return ["attention" if layer % 2 else "local" for layer in range(num_layers)]
+
+
+def all_full(keys: Keys, num_layers: int) -> list[str]:
+    """No layer has a window."""
+    return ["attention"] * num_layers
+
+
+def windows(rule: Callable[[Keys, int], list[str]], full: str = "attention", sliding: str = "local") -> Listed:
+    """`layer_types` of layers that see all and of layers with a window."""
+    return Listed("layer_types", {"full_attention": full, "sliding_attention": sliding}, rule)
+
+
+@dataclass(frozen=True)
 class Layers:
     """The layers of a family."""
 
@@ -94,6 +144,8 @@ class Layers:
     kinds: Mapping[str, Pair]
     """Name of a kind to its slots."""
     count: str = "num_hidden_layers"
+    options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Name of a kind to further fields: placements, a slot `beside`."""
 
     def read(self, keys: Keys) -> list[str]:
         """The kind of every layer."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.hf.keys import Keys, refused
+from zoo.hf.keys import ABSENT, Keys, refused
 from zoo.hf.rows import Tree
 from zoo.spec.base import ConfigError
 
@@ -32,6 +32,7 @@ SCALINGS: dict[str, dict[str, str]] = {
         **{name: name for name in ("short_factor", "long_factor", "attention_factor")},
         **_ORIGINAL,
     },
+    "proportional": {"partial_rotary_factor": "fraction", "factor": "factor"},
 }
 # Types whose original length is max_position_embeddings unless they say another one, and whose factor, when null, is
 # the ratio of the two.
@@ -43,36 +44,128 @@ class Rope:
     """The rotary embedding of a slot."""
 
     slot: str = "attention"
+    fraction: bool = False
+    """The family has `partial_rotary_factor`."""
+    query_scale: bool = False
+    """The family has `llama_4_scaling_beta`."""
+    original: str | None = None
+    """A key beside the parameters that holds their original length."""
+    nested: bool = False
+    """Write `rope_parameters`, also for the hub."""
 
     def read(self, keys: Keys, model: Tree) -> None:
-        theta = keys.take("rope_theta")
+        theta = keys.take("rope_theta", None if self.nested else ABSENT)
         parameters = _merged(keys)
-        theta = parameters.pop("rope_theta", None) or theta
-        model.set(f"{self.slot}.rope.theta", theta)
-        old_type, new_type = parameters.pop("type", None), parameters.pop("rope_type", None)
-        kind = new_type or old_type or "default"
-        if old_type and new_type and old_type != new_type:
-            raise refused("rope_scaling.type", old_type, f"differs from rope_type ({new_type!r})")
-        scaling = None if kind == "default" else _read_scaling(kind, parameters, keys)
-        if parameters:
-            name, value = next(iter(parameters.items()))
-            raise refused(f"rope_scaling.{name}", value, f"not understood for rope_type {kind!r}")
-        model.set(f"{self.slot}.rope.scaling", scaling)
+        parameters.setdefault("rope_theta", theta if theta is not None else keys.default("rope_theta"))
+        if self.fraction:
+            parameters.setdefault("partial_rotary_factor", keys.take("partial_rotary_factor"))
+        if self.original is not None:
+            parameters["original_max_position_embeddings"] = keys.take(self.original)
+        beta = parameters.pop("llama_4_scaling_beta", None) if self.query_scale else None
+        rope = _read_rope(parameters, keys, self.fraction)
+        for name, value in rope.items():
+            model.set(f"{self.slot}.rope.{name}", value)
+        if self.query_scale:
+            scaling = rope["scaling"] or {}
+            scale = {"beta": beta, "original_context": scaling.get("original_context")}
+            model.set(f"{self.slot}.query_scale", scale if beta is not None else None)
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         rope = model.get(f"{self.slot}.rope") or {}
         config["rope_theta"] = rope.get("theta")
-        config["rope_scaling"] = None
-        scaling = rope.get("scaling")
-        if scaling is None or scaling["type"] not in SCALINGS:
-            return
-        fields = SCALINGS[scaling["type"]]
-        written = {key: scaling[name] for key, name in fields.items() if scaling[name] is not None}
-        config["rope_scaling"] = {"rope_type": scaling["type"], **written}
-        if scaling["type"] == "dynamic":
-            config["max_position_embeddings"] = scaling["original_context"]
-        elif scaling["type"] in _STRETCHED and model.get("card.context") is None:
-            config["max_position_embeddings"] = round(scaling["original_context"] * scaling["factor"])
+        config["rope_scaling"] = _write_scaling(rope.get("scaling"), model, config)
+        if self.fraction:
+            config["partial_rotary_factor"] = rope.get("fraction")
+        if self.original is not None and rope.get("scaling"):
+            config[self.original] = rope["scaling"].get("original_context")
+        if self.nested:
+            parameters = config.pop("rope_scaling") or {"rope_type": "default"}
+            if query_scale := model.get(f"{self.slot}.query_scale"):
+                parameters["llama_4_scaling_beta"] = query_scale["beta"]
+            config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **parameters}
+
+
+@dataclass(frozen=True)
+class RopeByType:
+    """Rotary embeddings that differ between layer types: `rope_parameters` holds one object for each type.
+
+    On the hub, older configs say the same by a base for each type, and a scaling for some of them.
+    """
+
+    slots: Mapping[str, str]
+    """Layer type to slot."""
+    thetas: Mapping[str, str] = field(default_factory=dict)
+    """Layer type to the hub's key for its base, where there is one; without it, objects are all there is."""
+    scaled: tuple[str, ...] = ("full_attention",)
+    """Types that the hub's `rope_scaling` speaks of."""
+    fraction: bool = False
+    """The family has `partial_rotary_factor`."""
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        by_type = keys.take("rope_parameters", None)
+        if by_type is None:
+            by_type = {} if self.thetas else keys.default("rope_parameters")
+        if not isinstance(by_type, Mapping) or not all(isinstance(found or {}, Mapping) for found in by_type.values()):
+            raise refused("rope_parameters", by_type, f"must be an object of objects for {', '.join(self.slots)}")
+        if unknown := [name for name in by_type if name not in self.slots]:
+            raise refused(f"rope_parameters.{unknown[0]}", by_type[unknown[0]], f"understood: {', '.join(self.slots)}")
+        scaling = keys.take("rope_scaling", None) or {}
+        for layer_type, slot in self.slots.items():
+            parameters = dict(by_type.get(layer_type) or {})
+            if layer_type in self.thetas:
+                parameters.setdefault("rope_theta", keys.take(self.thetas[layer_type]))
+            if layer_type in self.scaled:
+                parameters |= scaling
+            if not parameters:
+                continue
+            for name, value in _read_rope(parameters, keys, self.fraction).items():
+                model.set(f"{slot}.rope.{name}", value)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        config["rope_parameters"] = by_type = {}
+        for layer_type, slot in self.slots.items():
+            rope = model.get(f"{slot}.rope")
+            if rope is None:
+                continue
+            scaling = _write_scaling(rope.get("scaling"), model, config) or {"rope_type": "default"}
+            by_type[layer_type] = {**scaling, "rope_theta": rope.get("theta")}
+            if self.fraction:
+                by_type[layer_type].setdefault("partial_rotary_factor", rope.get("fraction"))
+            if layer_type in self.thetas:
+                config[self.thetas[layer_type]] = rope.get("theta")
+
+
+def _read_rope(parameters: dict[str, Any], keys: Keys, fraction: bool) -> dict[str, Any]:
+    """`RopeSpec` as plain data; parameters that are not understood are refused."""
+    rope: dict[str, Any] = {"theta": parameters.pop("rope_theta", None) or keys.default("rope_theta")}
+    old_type, new_type = parameters.pop("type", None), parameters.pop("rope_type", None)
+    kind = new_type or old_type or "default"
+    if old_type and new_type and old_type != new_type:
+        raise refused("rope_scaling.type", old_type, f"differs from rope_type ({new_type!r})")
+    if fraction and kind != "proportional":
+        rope["fraction"] = parameters.pop("partial_rotary_factor", None) or 1.0
+    rope["scaling"] = None
+    if kind == "default":
+        parameters.pop("original_max_position_embeddings", None)
+    else:
+        rope["scaling"] = _read_scaling(kind, parameters, keys)
+    if parameters:
+        name, value = next(iter(parameters.items()))
+        raise refused(f"rope_scaling.{name}", value, f"not understood for rope_type {kind!r}")
+    return rope
+
+
+def _write_scaling(scaling: Any, model: Tree, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The scaling in the hub's words; a length that it needs beside it goes to the config."""
+    if scaling is None or scaling["type"] not in SCALINGS:
+        return None
+    fields = SCALINGS[scaling["type"]]
+    written = {key: scaling[name] for key, name in fields.items() if scaling[name] is not None}
+    if scaling["type"] == "dynamic":
+        config["max_position_embeddings"] = scaling["original_context"]
+    elif scaling["type"] in _STRETCHED and model.get("card.context") is None:
+        config["max_position_embeddings"] = round(scaling["original_context"] * scaling["factor"])
+    return {"rope_type": scaling["type"], **written}
 
 
 def _merged(keys: Keys) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,12 +65,15 @@ class Field:
     """Config value to model value, where they differ. Other values are refused."""
     if_null: str | None = None
     """The key whose value is taken where this one is null."""
+    times: int = 1
+    """What that value is multiplied by."""
 
     def read(self, keys: Keys, model: Tree) -> None:
         names = self.key.split()
         value = keys.take_first(names)
         if value is None and self.if_null is not None:
             value = keys.take(self.if_null)
+            value = value * self.times if isinstance(value, int) else value
         if self.values:
             if not isinstance(value, (str, int, float, type(None))) or value not in self.values:
                 raise refused(names[0], value, f"understood: {', '.join(map(repr, self.values))}")
@@ -87,6 +90,42 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """A field of the model that is a function of a number in the config."""
+
+    path: str
+    key: str
+    read_as: Callable[[float], float]
+    write_as: Callable[[float], float]
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        value = keys.take(self.key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise refused(self.key, value, "must be a positive number")
+        model.set(self.path, None if value is None else self.read_as(value))
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        if model.has(self.path):
+            value = model.get(self.path)
+            config[self.key] = None if value is None else whole(self.write_as(value))
+
+
+def whole(value: float) -> float | int:
+    """The integer that a number equals to rounding, or the number."""
+    return round(value) if round(value) and abs(value / round(value) - 1) < 1e-12 else value
+
+
+def inverse(path: str, key: str) -> Computed:
+    """A factor that the config gives as a divisor."""
+    return Computed(path, key, lambda divisor: 1 / divisor, lambda factor: 1 / factor)
+
+
+def inverse_root(path: str, key: str) -> Computed:
+    """A factor that the config gives as a width, whose root divides."""
+    return Computed(path, key, lambda width: width**-0.5, lambda factor: factor**-2)
+
+
+@dataclass(frozen=True)
 class Const:
     """A field that is the same in the whole family and has no key."""
 
@@ -98,6 +137,39 @@ class Const:
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class SameAs:
+    """A field that has the value of another one, whose row stands before."""
+
+    path: str
+    other: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        model.set(self.path, model.get(self.other))
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class SharedWidth:
+    """The summed width of shared experts, which become one; 0 or null: there is none."""
+
+    slot: str
+    key: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        width = keys.take(self.key)
+        model.set(f"{self.slot}.num_shared_experts", 1 if width else 0)
+        own = model.get(f"{self.slot}.d_expert")
+        model.set(f"{self.slot}.d_shared_expert", width if width and width != own else None)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        moe = model.get(self.slot)
+        if moe is not None:
+            config[self.key] = moe["num_shared_experts"] * (moe["d_shared_expert"] or moe["d_expert"])
 
 
 @dataclass(frozen=True)
@@ -127,6 +199,22 @@ class Inert:
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A key that must equal another one, which also takes its place where it is absent or null."""
+
+    key: str
+    other: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        found, wanted = keys.take(self.key, None), keys.take(self.other)
+        if found is not None and found != wanted:
+            raise refused(self.key, found, f"must be {self.other} ({wanted!r})")
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        config[self.key] = config.get(self.other)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
+from zoo.plan.indexer import PART, block_indexer_mixing, block_indexer_weights
 from zoo.plan.norm import norm_weights
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.norm import NormSpec
@@ -21,6 +22,13 @@ def visible_pairs(seq_len: int, window: int | None = None, chunked: bool = False
         chunks, rest = divmod(seq_len, window)
         return chunks * _triangle(window) + _triangle(rest)
     return _triangle(window) + (seq_len - window) * window
+
+
+def chosen_pairs(seq_len: int, block_size: int, top_k: int) -> int:
+    """Pairs of a query and a key in the `top_k` blocks that it attends to, of which its own block is one."""
+    first = min(seq_len, block_size * top_k)
+    rest = seq_len - first
+    return _triangle(first) + rest * block_size * (top_k - 1) + visible_pairs(rest, block_size, chunked=True)
 
 
 def _triangle(length: int) -> int:
@@ -48,6 +56,9 @@ class AttentionCost(Cost):
             weights += linear("gate", self.d_model, heads * self.v_head_dim if spec.gate == "element" else heads)
         if spec.sink:
             weights.append(Weight("sink", (heads,)))
+        if spec.indexer is not None:
+            inner = self.norm.replace(type="rms", bias=False)
+            weights += block_indexer_weights(spec.indexer, self.d_model, inner)
         return weights + self._qk_norm_weights()
 
     def _qk_norm_weights(self) -> list[Weight]:
@@ -61,4 +72,16 @@ class AttentionCost(Cost):
     def mixing(self, seq_len: int, skip_masked: bool) -> dict[str, float]:
         spec = self.spec
         pairs = visible_pairs(seq_len, spec.window, spec.mask == "chunked") if skip_masked else seq_len**2
-        return {"scores": 2 * spec.num_heads * (self.head_dim + self.v_head_dim) * pairs / seq_len}
+        parts = {}
+        if spec.indexer is not None:
+            parts[PART] = block_indexer_mixing(spec.indexer, pairs / seq_len)
+            if skip_masked:
+                pairs = chosen_pairs(seq_len, spec.indexer.block_size, spec.indexer.top_k)
+        return {"scores": 2 * spec.num_heads * (self.head_dim + self.v_head_dim) * pairs / seq_len, **parts}
+
+    def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:
+        """As `Cost.flops`; an indexer rests in sequences that do not exceed the keys that it chooses."""
+        parts, indexer = super().flops(seq_len, skip_masked), self.spec.indexer
+        if indexer is not None and seq_len <= indexer.block_size * indexer.top_k:
+            parts.pop(PART, None)
+        return parts

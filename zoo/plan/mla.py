@@ -46,7 +46,7 @@ class MLACost(Cost):
         pairs = visible_pairs(seq_len, top_k) if skip_masked else seq_len**2
         parts = {"scores": 2 * spec.num_heads * (spec.qk_head_dim + spec.v_head_dim) * pairs / seq_len}
         if indexer is not None and not indexer.reuse:
-            parts[PART] = indexer_mixing(indexer, seq_len, skip_masked)
+            parts[PART] = indexer_mixing(indexer, (visible_pairs(seq_len) if skip_masked else seq_len**2) / seq_len)
         return parts
 
     def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.base import ConfigError, Spec, decode
 from zoo.spec.block import BlockSpec, FFNSpec, MixerSpec
+from zoo.spec.delta import DeltaSpec
 from zoo.spec.mlp import MLPSpec
 from zoo.spec.model import KindSpec, ModelSpec
 from zoo.spec.moe import BalanceSpec, MoESpec
 from zoo.spec.norm import NormSpec
 from zoo.spec.rope import RopeScaling, RopeSpec
 from zoo.spec.router import ChoiceSpec, RouterSpec, SparseMixerRouterSpec, TopKRouterSpec
+from zoo.spec.short_conv import ShortConvSpec
 
 __all__ = [
     "AttentionSpec",
@@ -16,6 +18,7 @@ __all__ = [
     "BlockSpec",
     "ChoiceSpec",
     "ConfigError",
+    "DeltaSpec",
     "FFNSpec",
     "KindSpec",
     "MLPSpec",
@@ -26,6 +29,7 @@ __all__ = [
     "RopeScaling",
     "RopeSpec",
     "RouterSpec",
+    "ShortConvSpec",
     "SparseMixerRouterSpec",
     "Spec",
     "TopKRouterSpec",

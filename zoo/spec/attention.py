@@ -8,7 +8,8 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from zoo.spec.base import Spec, problem, register_spec
 from zoo.spec.block import TINY_D_MODEL, MixerSpec
-from zoo.spec.rope import TINY_CONTEXT, RopeSpec
+from zoo.spec.indexer import BlockIndexerSpec
+from zoo.spec.rope import TINY_CONTEXT, DynamicScaling, LongRopeScaling, RopeSpec
 
 
 class QueryScaleSpec(Spec):
@@ -60,6 +61,8 @@ class AttentionSpec(MixerSpec):
     """Values are the key projection before its norm and rotation; there is no value projection."""
     qkv_clip: PositiveFloat | None = None
     """Projections are clamped to [-qkv_clip, qkv_clip]."""
+    indexer: BlockIndexerSpec | None = None
+    """Attend only to the blocks of keys that it chooses; absent: to all that `mask` leaves."""
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
@@ -73,6 +76,23 @@ class AttentionSpec(MixerSpec):
             raise problem("v_head_dim", self.v_head_dim, "must be head_dim when shared_kv is on")
         if self.head_dim and self.rope and self.rope.rotary_dim(self.head_dim) % 2:
             raise problem("head_dim", self.head_dim, "head_dim * rope.fraction must be even for rotary positions")
+        return self
+
+    @model_validator(mode="after")
+    def _check_indexer(self) -> AttentionSpec:
+        if self.indexer is None:
+            return self
+        if self.num_heads % self.indexer.num_heads:
+            raise problem(("indexer", "num_heads"), self.indexer.num_heads, f"must divide num_heads ({self.num_heads})")
+        if self.mask != "causal":
+            raise problem("mask", self.mask, "must be causal with an indexer")
+        rotary_dim = self.rope.rotary_dim(self.head_dim) if self.rope and self.head_dim else 0
+        if self.indexer.head_dim < rotary_dim:
+            rule = f"must be at least the {rotary_dim} channels that turn"
+            raise problem(("indexer", "head_dim"), self.indexer.head_dim, rule)
+        if self.rope and isinstance(self.rope.scaling, (DynamicScaling, LongRopeScaling)):
+            rule = "must not follow the sequence's length with an indexer, whose keys are turned once"
+            raise problem(("rope", "scaling", "type"), self.rope.scaling.type, rule)
         return self
 
     def resolved(self, d_model: int) -> AttentionSpec:
@@ -97,6 +117,7 @@ class AttentionSpec(MixerSpec):
             "v_head_dim": head_dim if whole.v_head_dim == whole.head_dim else 16,
             "window": self.window and min(self.window, 32),
             "rope": self.rope and self.rope.shrunk(head_dim),
+            "indexer": self.indexer and self.indexer.shrunk(head_dim),
         }
         if self.scale is not None:  # in the same proportion to the usual scale
             changes["scale"] = self.scale * ((whole.head_dim or 1) / head_dim) ** 0.5

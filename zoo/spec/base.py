@@ -11,7 +11,6 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-
 S = TypeVar("S", bound="Spec")
 
 
@@ -130,7 +129,7 @@ def near(word: Any, known: Iterable[str]) -> str:
 
 def problem(field: str | tuple[str | int, ...], found: Any, rule: str, advice: str = "") -> ValidationError:
     """An error to raise inside a validator: `field` is relative to the object that is being validated."""
-    message = "; ".join(part for part in (rule, advice) if part).replace("{", "{{").replace("}", "}}")
+    message = "; ".join(part for part in (rule, advice) if part)
     loc = (field,) if isinstance(field, str) else field
     error = InitErrorDetails(type=PydanticCustomError("rule", message), loc=loc, input=found)
     return ValidationError.from_exception_data("zoo", [error])
@@ -162,8 +161,13 @@ def decode(spec: type[S], data: Any, path: str = "") -> S:
     Raises:
         ConfigError: one line for each mistake, with its dotted path below `path`, what was found and what is allowed.
     """
+    return explained(lambda: spec.model_validate(data), path)
+
+
+def explained(make: Callable[[], T], path: str = "") -> T:
+    """`make()`, whose validation errors become one ConfigError with paths below `path`."""
     try:
-        return spec.model_validate(data)
+        return make()
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail, path) for detail in error.errors())) from None
 

@@ -18,16 +18,17 @@ class DecaySpec(Spec):
     rank: PositiveInt | None = None
     """Inner width of the projection of x; absent: one full matrix."""
     lower_bound: NegativeFloat | None = None
-    """Absent: the log decay is -exp(a_log) * softplus(W x + dt_bias), unbounded. Given: lower_bound * sigmoid(exp(a_log)
-    * (W x + dt_bias)), never below it."""
+    """Absent: the log decay is -exp(a_log) * softplus(W x + dt_bias), without bound.
+    Given: lower_bound * sigmoid(exp(a_log) * (W x + dt_bias)), never below it."""
 
 
 @register_spec
 class DeltaSpec(MixerSpec):
     """The gated delta rule (arXiv:2412.06464) with the options of released models.
 
-    A head keeps a matrix S of head_dim x v_head_dim: S <- exp(log decay) S; S <- S + beta k (v - S^T k)^T; its output is
-    S^T q, normed and gated. Queries, keys and values pass a short convolution first.
+    A head keeps a matrix S of head_dim x v_head_dim: S <- exp(log decay) S; S <- S + beta k (v - S^T k)^T. Its output
+    is S^T q, normed and gated. Queries, keys and values pass a short convolution with silu first; queries and keys are
+    then divided by their length.
     """
 
     type: Literal["delta"] = "delta"
@@ -49,7 +50,7 @@ class DeltaSpec(MixerSpec):
     gate_rank: PositiveInt | None = None
     """Inner width of the gate's projection; absent: one full matrix."""
     norm_weight: Literal["plain", "fp32"] = "plain"
-    """Of the norm of each value head. `plain`: cast back, then multiply by w. `fp32`: weight and gate in fp32, then cast."""
+    """Of the norm of each value head. `plain`: cast back, then times w. `fp32`: w and gate in fp32, then cast."""
     norm_eps: PositiveFloat | None = None
     """Of that norm; absent: the eps of the model's norm."""
     chunk_size: PositiveInt = 64
@@ -81,7 +82,7 @@ class DeltaSpec(MixerSpec):
         return self
 
     def shrunk(self, d_model: int) -> DeltaSpec:
-        """Four heads of 16 channels; shared key heads stay shared, other value widths stay apart, low ranks stay low."""
+        """Four heads of 16 channels; shared key heads stay shared, own value widths stay apart, low ranks stay low."""
         del d_model
         changes: dict[str, Any] = {
             "num_heads": 4,

@@ -10,7 +10,10 @@ from zoo.spec.base import Spec, problem
 
 
 class IndexerSpec(Spec):
-    """Chooses single keys (DeepSeek sparse attention, arXiv:2512.02556, section 2.1)."""
+    """Chooses single keys (DeepSeek sparse attention, arXiv:2512.02556, section 2.1).
+
+    No gradient passes through a choice, so training a model leaves the weights of its indexers as they are.
+    """
 
     num_heads: PositiveInt
     head_dim: PositiveInt
@@ -29,8 +32,9 @@ class IndexerSpec(Spec):
 
 
 class BlockIndexerSpec(Spec):
-    """Chooses blocks of keys, for each group of heads its own."""
+    """Chooses blocks of keys: each index head for its own group of attention heads."""
 
+    num_heads: PositiveInt
     head_dim: PositiveInt
     block_size: PositiveInt
     """Keys of a block; a block scores as its best key."""
@@ -46,5 +50,6 @@ class BlockIndexerSpec(Spec):
         return self
 
     def shrunk(self, head_dim: int) -> BlockIndexerSpec:
-        """Index heads as wide as the attention's, two blocks of eight keys."""
-        return self.replace(head_dim=head_dim, block_size=8, top_k=2, num_local=min(self.num_local, 1))
+        """One or two index heads as wide as the attention's, two blocks of eight keys."""
+        changes = {"num_heads": min(self.num_heads, 2), "head_dim": head_dim, "num_local": min(self.num_local, 1)}
+        return self.replace(block_size=8, top_k=2, **changes)

@@ -23,3 +23,6 @@ class ParallelSpec(FFNSpec):
 
     def resolved(self, d_model: int) -> Self:
         return self.replace(dense=self.dense.resolved(d_model), moe=self.moe.resolved(d_model))
+
+    def shrunk(self, d_model: int) -> Self:
+        return self.replace(dense=self.dense.shrunk(d_model), moe=self.moe.shrunk(d_model))

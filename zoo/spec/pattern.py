@@ -90,4 +90,5 @@ def _item(pattern: str, at: int, depth: int) -> tuple[tuple[str, ...], int]:
 
 
 def _mistake(pattern: str, at: int, reason: str) -> PatternError:
+    at = len(pattern) - len(pattern[at:].lstrip())
     return PatternError(f"{reason}, at column {at + 1}: {pattern[:at]!r} >>> {pattern[at : at + 20]!r}")

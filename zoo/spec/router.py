@@ -10,7 +10,11 @@ from zoo.spec.base import Spec, TypedSpec, choice_of, problem, register_spec
 
 
 class RouterSpec(TypedSpec):
-    """A rule that gives each token its experts and their weights. Arithmetic is fp32."""
+    """A rule that gives each token its experts and their weights. Arithmetic is fp32, or wider in an fp64 model."""
+
+    arithmetic: Literal["mixed", "fp32", "model"] = "mixed"
+    """How much is wider in an fp64 model: the product that makes the logits (`mixed`), nothing (`fp32`), or all
+    (`model`). In other models these are the same."""
 
     def check_choice(self, num_experts: int, top_k: int) -> None:
         """Refuse a number of experts or of choices that the rule cannot serve.

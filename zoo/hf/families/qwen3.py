@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zoo.hf.families.shared import attention_weights, mlp_weights, moe_weights, trunk_weights
@@ -32,8 +32,9 @@ _DEFAULTS = {
 class LateWindows(Listed):
     """`layer_types`; without it, layers from `max_window_layers` on slide if `use_sliding_window` is true."""
 
-    def __init__(self) -> None:
-        super().__init__("layer_types", {"full_attention": "attention", "sliding_attention": "local"}, _late_windows)
+    def __init__(self, rule: Callable[[Keys, int], list[str]] | None = None) -> None:
+        slots = {"full_attention": "attention", "sliding_attention": "local"}
+        super().__init__("layer_types", slots, rule or _late_windows)
 
     def read(self, keys: Keys, num_layers: int) -> list[str]:
         chosen = super().read(keys, num_layers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from zoo.hf.weights import Experts, Same, WeightRow
+from zoo.hf.rows import Const, Field, Row
+from zoo.hf.weights import Experts, Fused, JointRow, Same, WeightRow
 
 LAYER = "model.layers.{n}"
 
@@ -45,3 +46,61 @@ def moe_weights() -> Iterator[WeightRow]:
         f"{experts}.gate_up_proj",
     )
     yield Experts("layers.{n}.ffn.experts.down", (f"{each}.down_proj.weight",), f"{experts}.down_proj")
+
+
+def norm_weights(names: Mapping[str, str], biased: bool = False) -> Iterator[WeightRow]:
+    """Norms of a layer, by our name to theirs."""
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias") if biased else ("weight",):
+            yield Same(f"layers.{{n}}.{ours}.{kind}", (f"{LAYER}.{theirs}.{kind}",))
+
+
+def ends_weights(biased: bool = False) -> Iterator[WeightRow]:
+    """Embedding, last norm and head."""
+    yield Same("embed.weight", ("model.embed_tokens.weight",))
+    yield Same("head.weight", ("lm_head.weight",))
+    for kind in ("weight", "bias") if biased else ("weight",):
+        yield Same(f"norm.{kind}", (f"model.norm.{kind}",))
+
+
+SANDWICH = {
+    "mixer_norm": "input_layernorm",
+    "mixer_post_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+"""Norms before and after both blocks."""
+
+
+def fused_mlp_weights() -> Iterator[WeightRow | JointRow]:
+    """A gated MLP whose gate and up matrices are one."""
+    yield Fused(("layers.{n}.ffn.gate.weight", "layers.{n}.ffn.up.weight"), f"{LAYER}.mlp.gate_up_proj.weight")
+    yield Same("layers.{n}.ffn.down.weight", (f"{LAYER}.mlp.down_proj.weight",))
+
+
+def correction_bias(*names: str) -> WeightRow:
+    """The correction bias of a router."""
+    return Same("layers.{n}.ffn.router.correction_bias", tuple(f"{LAYER}.mlp.{name}" for name in names))
+
+
+def shared_expert_weights(name: str = "shared_experts") -> Iterator[WeightRow]:
+    """The shared experts as one MLP."""
+    for part in ("gate", "up", "down"):
+        yield Same(f"layers.{{n}}.ffn.shared.{part}.weight", (f"{LAYER}.mlp.{name}.{part}_proj.weight",))
+
+
+def sigmoid_router(scale: str | None = "routed_scaling_factor", slot: str = "moe") -> Iterator[Row]:
+    """Sigmoid scores with a correction bias; all in fp32, also in an fp64 model."""
+    yield Const(f"{slot}.router.type", "top_k")
+    yield Const(f"{slot}.router.score", "sigmoid")
+    yield Const(f"{slot}.router.correction_bias", True)
+    yield Const(f"{slot}.router.arithmetic", "fp32")
+    if scale is not None:
+        yield Field(f"{slot}.router.route_scale", scale)
+
+
+def router_groups(slot: str = "moe") -> Iterator[Row]:
+    """Groups of experts, of which some are open to a token."""
+    yield Field(f"{slot}.router.num_groups", "n_group")
+    yield Field(f"{slot}.router.top_groups", "topk_group")
+    yield Field(f"{slot}.router.normalize", "norm_topk_prob")
