@@ -71,6 +71,14 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return _compose("config", list(overrides))
 
 
+def opened(overrides: Sequence[str]) -> list[str]:
+    """`overrides` with those of keys below `model` allowed to name keys that no file mentions.
+
+    Files leave defaults out, so Hydra cannot know a model's keys; the strict decoder does, and refuses all others.
+    """
+    return [f"++{override}" if override.startswith("model.") else override for override in overrides]
+
+
 def _concerns_model_alone(override: str) -> bool:
     """Whether the model's own files are enough to apply an override."""
     return override.lstrip("+~").startswith(("model.", "model/")) and "${" not in override
@@ -78,6 +86,7 @@ def _concerns_model_alone(override: str) -> bool:
 
 def _compose(config_name: str | None, overrides: list[str]) -> DictConfig:
     load_entry_points()
+    overrides = opened(overrides)
     with explained(config_name, overrides):
         cfg, choices = compose_once(config_name, overrides)
     if "model" in choices and cfg.get("model") and "name" not in cfg.model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,26 @@ def take_model(data: Mapping[str, Any], name: str | None) -> tuple[ModelSpec, di
     Raises:
         ConfigError: there is no model, or its description is unsound.
     """
-    rest = {key: value for key, value in data.items() if key != "model"}
+    rest = {key: value for key, value in data.items() if key not in ("model", "model_scale", "match")}
     model = data.get("model")
     if not isinstance(model, Mapping):
         raise ConfigError(f"model: found {model!r}; choose a model by name: model=tiny_moe")
     named = {"name": name, **model} if name else model
-    return decode(ModelSpec, named, "model"), rest
+    return _derived(decode(ModelSpec, named, "model"), data), rest
+
+
+def _derived(spec: ModelSpec, data: Mapping[str, Any]) -> ModelSpec:
+    """The tiny twin and the dense counterpart of a model, where the configuration asks for them."""
+    scale, match = data.get("model_scale", "full"), data.get("match", "none")
+    if scale not in ("full", "tiny"):
+        raise ConfigError(f"model_scale: found {scale!r}; allowed: full, tiny")
+    if match not in ("none", "active", "total", "flops"):
+        raise ConfigError(f"match: found {match!r}; allowed: none, active, total, flops")
+    if scale == "tiny":
+        from zoo.spec.twin import shrink
+
+        spec = shrink(spec)
+    if match != "none":
+        # The count of parameters is the question of another floor, asked only here.
+        spec = importlib.import_module("zoo.plan.match").dense_counterpart(spec, match)
+    return spec

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from zoo.config import opened
 from zoo.registry import take_config_dirs
 from zoo.spec.base import ConfigError
 from zoo.train.errors import TrainingError
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
 def _wait_asleep() -> None:
     """Have idle threads of the processor sleep soon instead of spinning, unless the environment says how they wait.
 
-    Set before torch is imported. Beside other work on the same cores a step of `tiny_moe` was 3 to 4 times as fast (2
-    cores, load 4); alone on the machine it makes no difference worth measuring.
+    Set before torch is imported. Beside other work on the same cores it made a step of `tiny_moe` 3 to 6 times as fast
+    (2 cores, load 3 to 5).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -75,8 +76,9 @@ def checked(arguments: Sequence[str]) -> list[str]:
     overrides = [argument for argument in arguments if argument not in flags]
     if flags or "hydra.mode=MULTIRUN" in overrides:
         _check_jobs(overrides)
-        return list(arguments)
+        return [*flags, *opened(overrides)]
     run_dir = _check_job(overrides)
+    overrides = opened(overrides)
     return [*overrides, f"hydra.run.dir={_quoted(run_dir)}"] if run_dir else overrides
 
 
@@ -106,7 +108,8 @@ def run_job(cfg: DictConfig) -> float | None:
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost")
     if finished.reason == "interrupted":
-        kept = [override for override in hydra_config.overrides.task if not override.startswith("checkpoint.resume=")]
+        given = [override.removeprefix("++") for override in hydra_config.overrides.task]
+        kept = [override for override in given if not override.startswith("checkpoint.resume=")]
         command = shlex.join([*sys.argv[0].split(), *kept, f"checkpoint.resume={_quoted(run_dir)}"])
         _leave(128 + stop.number, f"go on with: {command}")
     if stop.requested and hydra_config.mode == RunMode.MULTIRUN:
@@ -168,7 +171,8 @@ def _quoted(path: Path) -> str:
     """A path as a value in Hydra's override grammar."""
     if re.fullmatch(r"[\w./+-]*/[\w./+-]*", str(path)):  # with a slash it cannot be read as a number or null
         return str(path)
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    # The grammar reads a backslash as itself unless a quote follows.
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", str(path)).replace("'", "\\'")
     return f"'{text}'"
 
 
