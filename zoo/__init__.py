@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zoo.hf import save_pretrained as save_pretrained
     from zoo.hf import spec_from_hf as spec_from_hf
     from zoo.hf import spec_to_hf as spec_to_hf
+    from zoo.plan.estimate import estimate as estimate
+    from zoo.plan.layout import Layout as Layout
     from zoo.registry import register as register
     from zoo.spec.base import ConfigError as ConfigError
     from zoo.spec.twin import shrink as shrink
@@ -33,6 +35,8 @@ _HOMES = {
     "spec_to_hf": "zoo.hf",
     "from_pretrained": "zoo.hf",
     "save_pretrained": "zoo.hf",
+    "estimate": "zoo.plan.estimate",
+    "Layout": "zoo.plan.layout",
     "register": "zoo.registry",
     "ConfigError": "zoo.spec.base",
 }

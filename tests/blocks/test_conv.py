@@ -89,7 +89,7 @@ def test_sums_are_taken_in_fp32_for_bf16() -> None:
     expected = reference(conv64, x.double())
     torch.testing.assert_close(y, expected.bfloat16(), rtol=0.008, atol=1e-5)
     y.sum().backward()
-    assert x.grad is not None and x.grad.dtype == low.weight.grad.dtype == torch.bfloat16
+    assert x.grad.dtype == low.weight.grad.dtype == torch.bfloat16
 
 
 def test_starts_within_the_bound_of_its_width() -> None:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from zoo.blocks.norm import Norm
 from zoo.spec.norm import NormSpec
 
-REFERENCES = {"plain": LlamaRMSNorm, "fp32": Olmo2RMSNorm, "plus_one": GemmaRMSNorm}
+REFERENCES = {"plain": LlamaRMSNorm, "fp32": Gemma4RMSNorm, "wide": Olmo2RMSNorm, "plus_one": GemmaRMSNorm}
 
 
 def filled(spec: NormSpec, dtype: torch.dtype) -> Norm:
@@ -51,7 +52,7 @@ def test_without_weight_the_mean_square_is_one() -> None:
     torch.testing.assert_close(y.pow(2).mean(-1), torch.ones(7))
 
 
-@pytest.mark.parametrize("weight", ["plain", "plus_one", "fp32", "none"])
+@pytest.mark.parametrize("weight", ["plain", "plus_one", "fp32", "wide", "none"])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_fresh_weights_are_neutral(kind: str, weight: str) -> None:
     norm = Norm(24, NormSpec(type=kind, weight=weight))

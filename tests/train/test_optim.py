@@ -21,6 +21,7 @@ class Names(nn.Module):
         "layers.0.mixer_norm.weight": (4,),
         "layers.0.mixer.q.weight": (6, 4),
         "layers.0.mixer.q.bias": (6,),
+        "layers.0.mixer.a_log": (6, 4),
         "layers.0.ffn.router.weight": (3, 4),
         "layers.0.ffn.experts.gate_up": (3, 10, 4),
         "layers.0.ffn.experts.gate_up_bias": (3, 10),
@@ -44,7 +45,7 @@ class Names(nn.Module):
 
 
 EXPECTED_ROLES = dict(
-    zip(Names.SHAPES, "embedding vector matrix vector router experts vector experts head".split(), strict=True)
+    zip(Names.SHAPES, "embedding vector matrix vector vector router experts vector experts head".split(), strict=True)
 )
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from zoo.blocks.base import Context as Context
     from zoo.blocks.delta import GatedDelta as GatedDelta
     from zoo.blocks.experts import Experts as Experts
+    from zoo.blocks.mamba1 import Mamba1 as Mamba1
+    from zoo.blocks.mamba2 import Mamba2 as Mamba2
     from zoo.blocks.mlp import MLP as MLP
     from zoo.blocks.moe import MoE as MoE
     from zoo.blocks.norm import Norm as Norm
@@ -25,6 +27,8 @@ _HOMES = {
     "Experts": "zoo.blocks.experts",
     "GatedDelta": "zoo.blocks.delta",
     "MLP": "zoo.blocks.mlp",
+    "Mamba1": "zoo.blocks.mamba1",
+    "Mamba2": "zoo.blocks.mamba2",
     "MoE": "zoo.blocks.moe",
     "Norm": "zoo.blocks.norm",
     "Router": "zoo.blocks.router",

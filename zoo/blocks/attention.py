@@ -92,7 +92,10 @@ class Attention(Mixer):
     def _opening(self, gate: Tensor) -> Tensor:
         if self.spec.gate_activation == "sigmoid":
             return torch.sigmoid(gate)
-        return F.softplus(gate.to(torch.promote_types(gate.dtype, torch.float32))).to(gate.dtype)
+        # torch rounds numbers that do not fill a vector register differently: whole registers keep a token's gate what
+        # it is, whatever the company.
+        flat = gate.to(torch.float32).flatten()
+        return F.softplus(F.pad(flat, (0, -flat.numel() % 32)))[: flat.numel()].view(gate.shape).to(gate.dtype)
 
     @property
     def _keeps_raw_keys(self) -> bool:

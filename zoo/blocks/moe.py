@@ -63,7 +63,9 @@ class MoE(Block):
             self._watch(routing, x.shape[-2] if x.ndim > 1 else 1, context)
         y = self._routed(tokens, routing)
         if self.shared is not None:
-            y = y + self._shared(tokens, self.shared)
+            shared = self._shared(tokens, self.shared)
+            wide = self.spec.combine == "fp32"
+            y = (y.to(torch.float32) + shared.to(torch.float32)).to(y.dtype) if wide else y + shared
         return y.view(x.shape)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class Norm(nn.Module):
             return wide.to(x.dtype)
         if spec.weight == "plain":
             return wide.to(x.dtype) * weight.to(x.dtype)
-        return (wide * weight).to(x.dtype)
+        return (wide * (weight if spec.weight == "wide" else weight.to(torch.float32))).to(x.dtype)
 
     def init_weights(self, std: float, out_std: float) -> None:
         if self.weight is not None:

@@ -30,4 +30,4 @@ class Parallel(Block):
         """x [b, s, d_model], the residual stream without a norm; the result has its shape."""
         dense = self.dense_post_norm(self.dense(self.dense_norm(x), context))
         routed = self.moe(self.moe_norm(x), context, router_input=x)
-        return dense + self.moe_post_norm(routed)  # type: ignore[no-any-return]
+        return dense + self.moe_post_norm(routed)

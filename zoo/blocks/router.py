@@ -122,7 +122,7 @@ class Router(RouterModule):
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if spec.expert_scale else None
         self.input_scale = nn.Parameter(torch.ones(d_model)) if spec.input_norm else None
         if spec.correction_bias:
-            self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
+            self._hold_bias(torch.zeros(num_experts, dtype=torch.float32))
 
     def init_weights(self, std: float, out_std: float) -> None:
         super().init_weights(std, out_std)
@@ -175,8 +175,15 @@ class Router(RouterModule):
         super()._apply(fn, recurse)
         # A bias that moves in steps of 0.001 would stand still in bf16, so it follows to devices but not to dtypes.
         if exact is not None and self.correction_bias is not None and self.correction_bias.dtype != exact.dtype:
-            self.correction_bias = exact.to(self.correction_bias.device)
+            self._hold_bias(exact.detach().to(self.correction_bias.device))
         return self
+
+    def _hold_bias(self, bias: Tensor) -> None:
+        del self.correction_bias
+        if self.spec.count_bias:
+            self.correction_bias = nn.Parameter(bias, requires_grad=False)
+        else:
+            self.register_buffer("correction_bias", bias)
 
 
 def _sqrt_softplus(logits: Tensor) -> Tensor:

@@ -104,10 +104,8 @@ class _Recurrence(torch.autograd.Function):
         backwards = grad.flip(1)
         _run(decay.roll(-1, 1).flip(1), backwards)
         grad_added = backwards.flip(1)
-        grad_decay = torch.empty_like(decay)
-        torch.mul(grad_added[:, 0], start, out=grad_decay[:, 0])
-        torch.mul(grad_added[:, 1:], states[:, :-1], out=grad_decay[:, 1:])
-        return grad_decay, grad_added, grad_added[:, 0] * decay[:, 0]
+        earlier = torch.cat((start[:, None], states[:, :-1]), 1)
+        return grad_added * earlier, grad_added, grad_added[:, 0] * decay[:, 0]
 
 
 def _run(decay: Tensor, h: Tensor) -> None:

@@ -4,6 +4,8 @@ from zoo.spec.attention import AttentionSpec
 from zoo.spec.base import ConfigError, Spec, decode
 from zoo.spec.block import BlockSpec, FFNSpec, MixerSpec
 from zoo.spec.delta import DeltaSpec
+from zoo.spec.mamba1 import Mamba1Spec
+from zoo.spec.mamba2 import Mamba2Spec
 from zoo.spec.mlp import MLPSpec
 from zoo.spec.model import KindSpec, ModelSpec
 from zoo.spec.moe import BalanceSpec, MoESpec
@@ -22,6 +24,8 @@ __all__ = [
     "FFNSpec",
     "KindSpec",
     "MLPSpec",
+    "Mamba1Spec",
+    "Mamba2Spec",
     "MixerSpec",
     "MoESpec",
     "ModelSpec",

@@ -85,11 +85,10 @@ def mirrored(spec: type[TypedSpec], floor: str, base: type[Any], describes: Call
     """
     if (floor, spec) not in _MIRRORS:
         module = importlib.import_module(spec.__module__.replace("zoo.spec.", f"zoo.{floor}.", 1))
-        found = [
-            item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base) and describes(item) is spec
-        ]
+        classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
+        found = [item for item in classes if describes(item) is spec]
         if len(found) != 1:
-            raise TypeError(f"{module.__name__} must hold one {base.__name__} that describes {spec.__name__}, found {found}")
+            raise TypeError(f"{module.__name__} must hold one {base.__name__} for {spec.__name__}, found {found}")
         _MIRRORS[floor, spec] = found[0]
     elif isinstance(_MIRRORS[floor, spec], str):
         _MIRRORS[floor, spec] = pkgutil.resolve_name(_MIRRORS[floor, spec])

@@ -40,6 +40,8 @@ class MoESpec(ActivationSpec, ChoiceSpec, FFNSpec):
     """Width of one shared expert; absent: d_expert."""
     shared_gate: bool = False
     """The shared experts' output is multiplied by sigmoid(w x)."""
+    combine: Literal["model", "fp32"] = "model"
+    """Of the sum of routed and shared outputs: in the model's dtype, or in fp32."""
     d_latent: PositiveInt | None = None
     """Routed experts work on a projection of this width; absent: on d_model."""
     latent_norm: bool = False

@@ -15,9 +15,9 @@ class NormSpec(Spec):
     type: Literal["rms", "layer"] = "rms"
     """`rms`: divide by the root mean square; `layer`: subtract the mean, divide by the standard deviation."""
     eps: PositiveFloat = 1e-6
-    weight: Literal["plain", "fp32", "plus_one", "none"] = "plain"
-    """`plain`: cast back, then multiply by w. `fp32`: multiply by w in fp32, then cast. `plus_one`: multiply by 1 + w in
-    fp32, w starting at 0. `none`: no weight."""
+    weight: Literal["plain", "fp32", "wide", "plus_one", "none"] = "plain"
+    """`plain`: cast back, then multiply by w. `fp32`: multiply by w in fp32, then cast. `wide`: the same, but in fp64
+    where w is. `plus_one`: multiply by 1 + w in fp32, w starting at 0. `none`: no weight."""
     bias: bool = False
     """A learned offset (`layer` only)."""
 

@@ -46,6 +46,8 @@ class TopKRouterSpec(RouterSpec):
     """Factor on the weights."""
     correction_bias: bool = False
     """An offset per expert, set by balancing and not by gradient, that helps to choose and never weighs."""
+    count_bias: bool = False
+    """The correction bias is a parameter, though not a trained one: so some releases hold and count it."""
     num_groups: PositiveInt = 1
     top_groups: PositiveInt = 1
     """Only experts of the best `top_groups` of `num_groups` groups can be chosen."""
@@ -64,6 +66,8 @@ class TopKRouterSpec(RouterSpec):
     def _check(self) -> TopKRouterSpec:
         if self.top_groups > self.num_groups:
             raise problem("top_groups", self.top_groups, f"must be at most num_groups ({self.num_groups})")
+        if self.count_bias and not self.correction_bias:
+            raise problem("count_bias", True, "needs correction_bias")
         if self.score_chosen and (self.num_groups > 1 or self.correction_bias):
             raise problem("score_chosen", True, "cannot be combined with groups or a correction bias")
         return self

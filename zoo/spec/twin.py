@@ -15,7 +15,7 @@ POSITIONS = 512
 
 
 def shrink(spec: ModelSpec) -> ModelSpec:
-    """A model of some hundred thousand parameters with the same kinds of layers, routing rules, norms, biases and scalars.
+    """A model of some 100,000 parameters with the same kinds of layers, routing rules, norms, biases and scalars.
 
     Widths, heads, experts and repeats shrink (`BlockSpec.shrunk`); options stay. The order of the layers is that of the
     whole model's beginning, with long runs of one kind cut to two, until every kind has come.

@@ -32,7 +32,9 @@ def role_of(name: str, parameter: Tensor) -> Role:
     """The role of a parameter of a decoder, from its name and shape."""
     parts = name.split(".")
     experts = "experts" in parts
-    if parameter.ndim != (3 if experts else 2) or parts[-1].endswith("bias") or any("norm" in part for part in parts):
+    # Logarithms of decays are rates, though a state-space layer may hold one for each entry of its state.
+    no_product = parts[-1].endswith(("bias", "_log")) or any("norm" in part for part in parts)
+    if parameter.ndim != (3 if experts else 2) or no_product:
         return Role.VECTOR
     if experts:
         return Role.EXPERTS
