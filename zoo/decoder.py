@@ -8,21 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.blocks.base import Context, State, initialize
 from zoo.blocks.embedding import Embedding, Head
 from zoo.blocks.layer import Layer, MTPBlock
+from zoo.blocks.linear_loss import IGNORED, linear_cross_entropy
 from zoo.blocks.norm import Norm
 from zoo.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from zoo.blocks.moe import MoE
-
-IGNORED = -100
-"""The target that does not count."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,11 @@ class Decoder(nn.Module):
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean over the targets that count; 0 when none does."""
-        logits = self.logits(hidden).flatten(0, -2).to(torch.float32)
-        summed = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        head, spec = self.head, self.spec.head
+        weight = self.embed.weight if head.weight is None else head.weight
+        summed = linear_cross_entropy(
+            hidden.flatten(0, -2), weight, targets.flatten(), head.bias, spec.scale, spec.softcap
+        )
         return summed / (targets != IGNORED).sum().clamp_min(1)
 
     def _further_losses(self, hidden: Tensor, tokens: Tensor, targets: Tensor, context: Context) -> list[Tensor]:
@@ -172,8 +172,10 @@ def build(
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of all parameters and of no buffer: buffers hold what must stay exact."""
+    """Change the dtype of all parameters but those that their module keeps exact; buffers stay exact too."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if name in getattr(module, "exact_parameters", ()):
+                continue
             cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
             module.register_parameter(name, cast)

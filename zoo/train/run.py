@@ -47,7 +47,11 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
         _leave(MISTAKE, str(error))
     import hydra
 
-    hydra.main(config_path="pkg://zoo.conf", config_name="config", version_base="1.3")(run_job)()
+    try:
+        hydra.main(config_path="pkg://zoo.conf", config_name="config", version_base="1.3")(run_job)()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of --help or --cfg has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from zoo.blocks.linear_loss import IGNORED
 from zoo.train.errors import TrainingError
 from zoo.train.events import Evaluated, LayerHealth
 from zoo.train.routing import layer_health
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from zoo.decoder import Decoder
 
 Batch = tuple[Tensor, Tensor]
-"""Inputs and targets, int64 [b, s] each. Target -100 does not count."""
-IGNORED = -100
+"""Inputs and targets, int64 [b, s] each. The target IGNORED does not count."""
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
