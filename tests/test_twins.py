@@ -51,7 +51,7 @@ def test_twins_learn(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.items["cross_entropy"]))
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def stirred(spec: ModelSpec) -> Decoder:

@@ -6,6 +6,7 @@ Every public call is loaded when it is first used: importing zoo imports neither
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zoo.hf import spec_to_hf as spec_to_hf
     from zoo.plan.estimate import estimate as estimate
     from zoo.plan.layout import Layout as Layout
+    from zoo.plan.plan import plan as plan
     from zoo.registry import register as register
     from zoo.spec.base import ConfigError as ConfigError
     from zoo.spec.twin import shrink as shrink
@@ -35,6 +37,7 @@ _HOMES = {
     "spec_to_hf": "zoo.hf",
     "from_pretrained": "zoo.hf",
     "save_pretrained": "zoo.hf",
+    "plan": "zoo.plan.plan",
     "estimate": "zoo.plan.estimate",
     "Layout": "zoo.plan.layout",
     "register": "zoo.registry",
@@ -48,7 +51,9 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    # `zoo.plan` is a package that is called: importing its home has brought it in, and it stays.
+    value = sys.modules.get(f"{__name__}.{name}") or getattr(home, name)
     globals()[name] = value
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from threading import RLock
@@ -54,7 +54,7 @@ def load(model: str, *overrides: str) -> ModelSpec:
     for override in overrides:
         if override.lstrip("+").startswith("model="):
             raise ConfigError(f"{override}: the model is already named: {model}; leave one of them out")
-    if all(_concerns_model_alone(override) for override in overrides):
+    if all(_concerns(override, ("model",)) for override in overrides):
         cfg = _compose(None, [f"+model={model}", *overrides])
     else:
         cfg = _compose("config", [f"model={model}", *overrides])
@@ -71,6 +71,19 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return _compose("config", list(overrides))
 
 
+def compose_groups(groups: Mapping[str, str], overrides: Sequence[str]) -> DictConfig:
+    """Some groups alone, without the rest of a run: `{"model": "tiny_moe", "hardware": "h100_8x"}`.
+
+    Overrides that concern other groups have the whole configuration composed.
+
+    Raises:
+        ConfigError: as for `compose`.
+    """
+    if all(_concerns(override, groups) for override in overrides):
+        return _compose(None, [*(f"+{group}={option}" for group, option in groups.items()), *overrides])
+    return compose([*(f"{group}={option}" for group, option in groups.items()), *overrides])
+
+
 def opened(overrides: Sequence[str]) -> list[str]:
     """`overrides` with those of keys below `model` allowed to name keys that no file mentions.
 
@@ -79,9 +92,10 @@ def opened(overrides: Sequence[str]) -> list[str]:
     return [f"++{override}" if override.startswith("model.") else override for override in overrides]
 
 
-def _concerns_model_alone(override: str) -> bool:
-    """Whether the model's own files are enough to apply an override."""
-    return override.lstrip("+~").startswith(("model.", "model/")) and "${" not in override
+def _concerns(override: str, groups: Iterable[str]) -> bool:
+    """Whether the files of some groups are enough to apply an override."""
+    starts = tuple(f"{group}{mark}" for group in groups for mark in "./")
+    return override.lstrip("+~").startswith(starts) and "${" not in override
 
 
 def _compose(config_name: str | None, overrides: list[str]) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from zoo.decoder import Decoder
 
 
-@torch.no_grad()
 def generate(
     model: Decoder,
     tokens: Tensor,
@@ -42,34 +41,61 @@ def generate(
     Returns:
         [b, s + n] int64: the prompts and n new tokens, n = max_new_tokens or fewer when every row has stopped.
     """
+    steps = stream(
+        model,
+        tokens,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        padding=padding,
+        generator=generator,
+    )
+    return torch.cat((tokens, *(newest[:, None] for newest in steps)), 1)
+
+
+def stream(
+    model: Decoder,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Collection[int] = (),
+    padding: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """The new tokens of `generate`, [b] int64 a step, as soon as each is known. The model is left as it was found."""
     _check(tokens, max_new_tokens, temperature, top_k, top_p)
     was_training = model.training
     model.eval()
     try:
-        return _extend(model, tokens, max_new_tokens, _Sampler(temperature, top_k, top_p, generator), stop, padding)
+        yield from _extend(model, tokens, max_new_tokens, _Sampler(temperature, top_k, top_p, generator), stop, padding)
     finally:
         model.train(was_training)
 
 
 def _extend(
     model: Decoder, tokens: Tensor, num_new: int, sample: _Sampler, stop: Collection[int], padding: Tensor | None
-) -> Tensor:
+) -> Iterator[Tensor]:
     batch_size, prompt_len = tokens.shape
     states = model.new_states(batch_size, prompt_len + num_new)
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    written, newest = [tokens], tokens
+    read = tokens
     for past in range(prompt_len, prompt_len + num_new):
-        context = _context(past - newest.shape[1], newest, padding)
-        hidden = model.hidden(newest, context, states)[:, -1]
-        chosen = sample(model.logits(hidden))
-        newest = torch.where(ended, written[-1][:, -1], chosen)[:, None]
-        written.append(newest)
+        context = _context(past - read.shape[1], read, padding)
+        with torch.no_grad():  # not around the yield, which would leave it to the caller
+            chosen = sample(model.logits(model.hidden(read, context, states)[:, -1]))
+        newest = torch.where(ended, read[:, -1], chosen)
+        yield newest
+        read = newest[:, None]
         if len(stops):
-            ended |= torch.isin(newest[:, 0], stops)
+            ended |= torch.isin(newest, stops)
             if ended.all():
                 break
-    return torch.cat(written, 1)
 
 
 def _context(past: int, tokens: Tensor, padding: Tensor | None) -> Context:

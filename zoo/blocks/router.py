@@ -40,6 +40,8 @@ class RouterModule(nn.Module):
     describes: ClassVar[type[RouterSpec]]
     correction_bias: Tensor | None
     """[e] fp32: moved by balancing; added to the scores when choosing, never when weighing."""
+    exact_parameters: ClassVar[tuple[str, ...]] = ("correction_bias",)
+    """Parameters whose dtype stays fp32 whatever that of the model."""
     weighs_input: bool = False
     """Whether the weights act on the inputs of the experts instead of their outputs."""
 
@@ -150,8 +152,7 @@ class Router(RouterModule):
             indices = self._best(scores.detach())
             weights = scores.gather(-1, indices)
         if spec.normalize:
-            # The summand only matters where sigmoids of all chosen experts underflow to 0.
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdim=True) + spec.normalize_eps)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale[indices]
         if spec.route_scale != 1:

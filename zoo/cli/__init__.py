@@ -13,7 +13,10 @@ VERBS = {
     "list": "the models and machines that zoo knows",
     "show": "one model: its layers and blocks, parameters and FLOPs",
     "diff": "what differs between two models",
+    "plan": "the best layout of a model on a machine, and why",
     "train": "train a model; the same as python train.py",
+    "generate": "continue a prompt with a trained model",
+    "convert": "write a checkpoint in another layout, proven equal",
 }
 MISTAKE, INTERRUPTED = 2, 130
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `zoo --help` says."""
-    verbs = "\n".join(f"  {verb:<8}{what}" for verb, what in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
     return f"""usage: zoo VERB [arguments] [overrides]
 
 {verbs}

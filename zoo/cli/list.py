@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo.cli.console import Parser, table, write
-from zoo.cli.reading import read
 from zoo.config import list_hardware, list_models
+from zoo.config_reading import read
 from zoo.spec.base import ConfigError, near
 from zoo.spec.pattern import PatternError, expand
 

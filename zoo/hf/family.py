@@ -56,6 +56,10 @@ class Family:
     """Patterns of stored tensors that are no weights."""
     nested: tuple[str, ...] = ()
     """Keys that hold objects; tables call their keys `object.key`."""
+    layouts: tuple[Mapping[str, str], ...] = ()
+    """How names begin in the tables, and how in checkpoints of another layout, which are told by that."""
+    zeros: tuple[str, ...] = ()
+    """Patterns of stored buffers that a checkpoint may lack: then they are zero."""
     aliases: tuple[str, ...] = ()
     """Further names of the same architecture in configs; they are not written."""
     mtp: MTPNames | None = None
@@ -105,7 +109,7 @@ class Family:
     def _block(self, name: str, model: Tree) -> dict[str, Any]:
         slot = self.slots[name]
         shared = model.data.get(slot.like, {}) if slot.like else {}
-        return {"type": slot.spec.model_fields["type"].default, **shared, **model.data.get(name, {})}
+        return {"type": slot.spec.model_fields["type"].default, **_overlaid(shared, model.data.get(name, {}))}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         """The config.json of a model.
@@ -125,7 +129,11 @@ class Family:
         # Special tokens belong to a tokenizer; null keeps transformers from assuming those of its class.
         config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         config = self._folded(config)
-        if reasons := list(differences(spec, self.read(config))):
+        try:
+            said = self.read(config)
+        except ConfigError as error:  # farther off than what reads as another model
+            raise WrongBlocks(str(error)) from None
+        if reasons := list(differences(spec, said)):
             raise ConfigError("\n".join(reasons))
         return config
 
@@ -150,10 +158,17 @@ class Family:
             assign(spec.kinds[name].beside)
         return [kinds[name] for name in spec.layer_kinds], slots
 
-    def homes(self, spec: ModelSpec) -> dict[str, Home]:
-        """Where a checkpoint holds the layers, by what names of their parameters begin with."""
+    def homes(self, spec: ModelSpec, held: Iterable[str] = ()) -> dict[str, Home]:
+        """Where a checkpoint holds the trunk and the layers, by what names of their parameters begin with.
+
+        Args:
+            held: the names of its tensors, by which its layout is told; without them it is that of the hub.
+        """
+        begins = {name.split(".")[0] + "." for name in held} | {".".join(name.split(".")[:2]) + "." for name in held}
+        rename = next((layout for layout in self.layouts if begins & set(layout.values())), {})
         rows = {name: self._rows(spec, spec.kinds[name]) for name in {*spec.layer_kinds, *_mtp_kinds(spec)}}
-        homes = {f"layers.{index}.": Home(str(index), rows[kind]) for index, kind in enumerate(spec.layer_kinds)}
+        homes = {"": Home(rename=rename)}
+        homes |= {f"layers.{n}.": Home(str(n), rows[kind], rename) for n, kind in enumerate(spec.layer_kinds)}
         if spec.mtp is not None and spec.mtp.enabled:
             if self.mtp is None:
                 raise ConfigError(f"mtp: enabled; {self.model_type} has no names for its blocks, switch it off")
@@ -169,6 +184,12 @@ class Family:
     def left_out(self, spec: ModelSpec) -> list[str]:
         """Patterns of stored tensors that are no weights of the model."""
         return [*self.ignored_weights, *(self.mtp.left_out(spec) if self.mtp else ())]
+
+
+def _overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested data with another's fields in its place, field by field."""
+    both = {name for name, value in over.items() if isinstance(value, Mapping) and isinstance(under.get(name), Mapping)}
+    return {**under, **over, **{name: _overlaid(under[name], over[name]) for name in both}}
 
 
 # What a config.json says nothing about or what acts only in training: no reason to refuse a model.

@@ -11,9 +11,9 @@ from zoo.spec.base import ConfigError
 # classification heads read. Dropouts are not here: they are understood at 0 only.
 IGNORED = frozenset(
     """
-    _name_or_path architectures auto_map model_type torch_dtype dtype transformers_version transformers.js_config
-    use_cache tokenizer_class
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id prefix
+    _name_or_path _model_name_or_path architectures auto_map model_type torch_dtype dtype transformers_version
+    transformers.js_config use_cache tokenizer_class
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id prefix
     output_attentions output_hidden_states output_router_logits output_scores return_dict return_dict_in_generate
     keys_to_ignore_at_inference attn_implementation _attn_implementation experts_implementation
     _experts_implementation torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward pretraining_tp

@@ -52,17 +52,38 @@ class Rope:
     """A key beside the parameters that holds their original length."""
     nested: bool = False
     """Write `rope_parameters`, also for the hub."""
+    scaled: bool = False
+    """The family takes some scaling where a config does not say that there is none."""
+    without_effect: tuple[str, ...] = ()
+    """Parameters that follow from other keys."""
+    rotary_dim: str | None = None
+    """A key for the number of channels that turn, in place of `partial_rotary_factor`."""
+    mscales: bool = False
+    """Temperatures of a longrope are called `long_mscale` and `short_mscale`."""
+    alpha: bool = False
+    """A dynamic scaling that has an `alpha` is the static one of that name."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Old names of types."""
 
     def read(self, keys: Keys, model: Tree) -> None:
         theta = keys.take("rope_theta", None if self.nested else ABSENT)
-        parameters = _merged(keys)
+        found = _merged(keys) or keys.default("rope_parameters") or {}
+        parameters = {name: value for name, value in found.items() if name not in self.without_effect}
         parameters.setdefault("rope_theta", theta if theta is not None else keys.default("rope_theta"))
+        if self.rotary_dim is not None and (width := keys.take(self.rotary_dim)) is not None:
+            parameters.setdefault("partial_rotary_factor", width / model.get(f"{self.slot}.head_dim"))
         if self.fraction:
             parameters.setdefault("partial_rotary_factor", keys.take("partial_rotary_factor"))
         if self.original is not None:
             parameters["original_max_position_embeddings"] = keys.take(self.original)
+        for name in ("type", "rope_type"):
+            if parameters.get(name) in self.aliases:
+                parameters[name] = self.aliases[parameters[name]]
+        further = self._own_words(parameters)
         beta = parameters.pop("llama_4_scaling_beta", None) if self.query_scale else None
         rope = _read_rope(parameters, keys, self.fraction)
+        if further:
+            rope["scaling"] = {**(rope["scaling"] or {}), **further}
         for name, value in rope.items():
             model.set(f"{self.slot}.rope.{name}", value)
         if self.query_scale:
@@ -70,14 +91,41 @@ class Rope:
             scale = {"beta": beta, "original_context": scaling.get("original_context")}
             model.set(f"{self.slot}.query_scale", scale if beta is not None else None)
 
+    def _own_words(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the scaling that the family has words of its own for; those are removed."""
+        kind = parameters.get("rope_type") or parameters.get("type")
+        if self.mscales and kind == "longrope":
+            names = {"attention_factor": "long_mscale", "short_attention_factor": "short_mscale"}
+            return {ours: parameters.pop(theirs, None) for ours, theirs in names.items()}
+        if self.alpha and kind == "dynamic" and parameters.get("alpha"):
+            found = {"type": "ntk_alpha", "alpha": parameters["alpha"]}
+            # Of the dynamic scaling and of YaRN; the static one has no use for them.
+            unused = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "alpha", "type", "rope_type")
+            for name in unused:
+                parameters.pop(name, None)
+            return found
+        return {}
+
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         rope = model.get(f"{self.slot}.rope") or {}
         config["rope_theta"] = rope.get("theta")
         config["rope_scaling"] = _write_scaling(rope.get("scaling"), model, config)
+        scaling = rope.get("scaling") or {"type": None}
+        if self.mscales and scaling["type"] == "longrope":
+            config["rope_scaling"].pop("attention_factor", None)
+            long, short = scaling["attention_factor"], scaling["short_attention_factor"]
+            config["rope_scaling"] |= {"long_mscale": long, "short_mscale": short}
+        if self.alpha and scaling["type"] == "ntk_alpha":
+            dynamic = {"rope_type": "dynamic", "type": "dynamic", "factor": 1.0}
+            config["rope_scaling"] = {**dynamic, "alpha": scaling["alpha"]}
+        if self.rotary_dim is not None and (head_dim := model.get(f"{self.slot}.head_dim")):
+            config[self.rotary_dim] = int(head_dim * rope.get("fraction", 1.0))
         if self.fraction:
             config["partial_rotary_factor"] = rope.get("fraction")
         if self.original is not None and rope.get("scaling"):
             config[self.original] = rope["scaling"].get("original_context")
+        if self.scaled and config["rope_scaling"] is None:
+            config["rope_scaling"] = {"rope_type": "default"}
         if self.nested:
             parameters = config.pop("rope_scaling") or {"rope_type": "default"}
             if query_scale := model.get(f"{self.slot}.query_scale"):
@@ -114,6 +162,8 @@ class RopeByType:
             parameters = dict(by_type.get(layer_type) or {})
             if layer_type in self.thetas:
                 parameters.setdefault("rope_theta", keys.take(self.thetas[layer_type]))
+                if self.fraction and "partial_rotary_factor" in keys.config:
+                    parameters.setdefault("partial_rotary_factor", keys.take("partial_rotary_factor"))
             if layer_type in self.scaled:
                 parameters |= scaling
             if not parameters:

@@ -67,6 +67,8 @@ class Field:
     """The key whose value is taken where this one is null."""
     times: int = 1
     """What that value is multiplied by."""
+    inside: str | None = None
+    """The config's value is an object, which holds this one under that key."""
 
     def read(self, keys: Keys, model: Tree) -> None:
         names = self.key.split()
@@ -74,6 +76,8 @@ class Field:
         if value is None and self.if_null is not None:
             value = keys.take(self.if_null)
             value = value * self.times if isinstance(value, int) else value
+        if self.inside is not None and isinstance(value, Mapping):
+            value = value.get(self.inside)
         if self.values:
             if not isinstance(value, (str, int, float, type(None))) or value not in self.values:
                 raise refused(names[0], value, f"understood: {', '.join(map(repr, self.values))}")
@@ -86,7 +90,21 @@ class Field:
         value = model.get(self.path)
         if self.values:
             value = next((hf for hf, zoo in self.values.items() if zoo == value), None)
-        config[self.key.split()[0]] = value
+        config[self.key.split()[0]] = value if self.inside is None else {self.inside: value}
+
+
+@dataclass(frozen=True)
+class Uniform(Field):
+    """A field whose key may hold a list with an item for each layer, all of them equal."""
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        names = self.key.split()
+        value = keys.take_first(names)
+        if isinstance(value, list):
+            if not value or any(item != value[0] for item in value):
+                raise refused(names[0], value, "must be the same in all layers")
+            value = value[0]
+        model.set(self.path, value)
 
 
 @dataclass(frozen=True)
@@ -95,19 +113,21 @@ class Computed:
 
     path: str
     key: str
-    read_as: Callable[[float], float]
-    write_as: Callable[[float], float]
+    read_as: Callable[[float], Any]
+    write_as: Callable[[Any], float | None]
+    if_null: Any = None
+    """What null means."""
 
     def read(self, keys: Keys, model: Tree) -> None:
         value = keys.take(self.key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
             raise refused(self.key, value, "must be a positive number")
-        model.set(self.path, None if value is None else self.read_as(value))
+        model.set(self.path, self.if_null if value is None else self.read_as(value))
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         if model.has(self.path):
             value = model.get(self.path)
-            config[self.key] = None if value is None else whole(self.write_as(value))
+            config[self.key] = None if value is None else self.write_as(value)
 
 
 def whole(value: float) -> float | int:
@@ -115,14 +135,24 @@ def whole(value: float) -> float | int:
     return round(value) if round(value) and abs(value / round(value) - 1) < 1e-12 else value
 
 
+def multiplier(path: str, key: str) -> Computed:
+    """A factor on the embedding."""
+    return Computed(
+        path,
+        key,
+        lambda factor: "none" if factor == 1 else factor,
+        lambda scale: 1.0 if scale == "none" else scale if isinstance(scale, float) else None,
+    )
+
+
 def inverse(path: str, key: str) -> Computed:
     """A factor that the config gives as a divisor."""
-    return Computed(path, key, lambda divisor: 1 / divisor, lambda factor: 1 / factor)
+    return Computed(path, key, lambda divisor: 1 / divisor, lambda factor: whole(1 / factor))
 
 
 def inverse_root(path: str, key: str) -> Computed:
     """A factor that the config gives as a width, whose root divides."""
-    return Computed(path, key, lambda width: width**-0.5, lambda factor: factor**-2)
+    return Computed(path, key, lambda width: width**-0.5, lambda factor: whole(factor**-2))
 
 
 @dataclass(frozen=True)
@@ -140,6 +170,24 @@ class Const:
 
 
 @dataclass(frozen=True)
+class Twofold:
+    """A number that is a key of the config and, on the hub, one of an object in it; there it beats the other."""
+
+    path: str
+    key: str
+    inside: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        outside = keys.take(self.key, None)
+        found = keys.take(self.inside, outside)
+        model.set(self.path, keys.default(self.key) if found is None else found)
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        if model.has(self.path):
+            config[self.key] = config[self.inside] = model.get(self.path)
+
+
+@dataclass(frozen=True)
 class SameAs:
     """A field that has the value of another one, whose row stands before."""
 
@@ -148,6 +196,22 @@ class SameAs:
 
     def read(self, keys: Keys, model: Tree) -> None:
         model.set(self.path, model.get(self.other))
+
+    def write(self, model: Tree, config: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Agrees:
+    """A key, or a list with an item for each layer, that must say what another row has read; it may be absent."""
+
+    key: str
+    path: str
+
+    def read(self, keys: Keys, model: Tree) -> None:
+        found, wanted = keys.take(self.key, None), model.get(self.path)
+        if found is not None and any(item != wanted for item in (found if isinstance(found, list) else [found])):
+            raise refused(self.key, found, f"understood: {wanted!r}, in all layers")
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
         pass
@@ -178,14 +242,19 @@ class Only:
 
     key: str
     value: Any
+    also: tuple[Any, ...] = ()
+    """Values that mean the same."""
+    written: bool = False
+    """Write it, for readers whose defaults are others."""
 
     def read(self, keys: Keys, model: Tree) -> None:
         found = keys.take(self.key, self.value)
-        if found != self.value:
+        if found != self.value and found not in self.also:
             raise refused(self.key, found, f"understood: {self.value!r}")
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
-        pass
+        if self.written:
+            config[self.key] = self.value
 
 
 @dataclass(frozen=True)
@@ -244,22 +313,24 @@ class Context:
     """The longest sequence. A model that does not say gets `UNKNOWN`, which limits nothing in a rotary model."""
 
     UNKNOWN = 4096
+    key: str = "max_position_embeddings"
+    """Spellings, as in `Field`."""
 
     def read(self, keys: Keys, model: Tree) -> None:
-        model.set("card.context", keys.take("max_position_embeddings"))
+        model.set("card.context", keys.take_first(self.key.split()))
 
     def write(self, model: Tree, config: dict[str, Any]) -> None:
-        config["max_position_embeddings"] = model.get("card.context") or self.UNKNOWN
+        config[self.key.split()[0]] = model.get("card.context") or self.UNKNOWN
 
 
-def trunk() -> Iterator[Row]:
-    """What nearly every family says in the same words."""
+def trunk(eps: str = "rms_norm_eps", context: str = "max_position_embeddings") -> Iterator[Row]:
+    """What nearly every family says in the same words, but for the spellings of the norms' eps and the context."""
     yield Field("d_model", "hidden_size")
     yield Field("vocab_size", "vocab_size")
-    yield Field("norm.eps", "rms_norm_eps")
+    yield Field("norm.eps", eps)
     yield Field("head.tied", "tie_word_embeddings")
     yield Field("init.std", "initializer_range")
-    yield Context()
+    yield Context(context)
     yield Only("is_encoder_decoder", False)
     yield Only("is_decoder", False)
     yield Only("add_cross_attention", False)

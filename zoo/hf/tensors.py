@@ -121,11 +121,16 @@ def _files_of(directory: Path) -> Mapping[Path, set[str] | None]:
         return {directory / SINGLE: None}
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickled:
-        raise ConfigError(
-            f"{directory}: found {_some(pickled)}; pickled weights can run code and are not read. Where you trust "
-            "them, convert them once: transformers.AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
-        )
+        raise pickled_error(directory, pickled)
     raise ConfigError(f"{directory}: holds neither {SINGLE} nor {INDEX}")
+
+
+def pickled_error(directory: Path, names: list[str]) -> ConfigError:
+    """The refusal of weights that are pickled."""
+    return ConfigError(
+        f"{directory}: found {_some(names)}; pickled weights can run code and are not read. Where you trust "
+        "them, convert them once: transformers.AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
+    )
 
 
 Entry = tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]

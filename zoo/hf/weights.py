@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -92,10 +92,12 @@ class Experts:
     parts: tuple[str, ...]
     """Names of the matrices of one expert, from the top."""
     stacked: str
+    stack: bool = False
+    """Write them stacked."""
 
     def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
         zoo, stacked = self.zoo.format(n=layer), self.stacked.format(n=layer)
-        if known(stacked):
+        if known(stacked) or (self.stack and not known(self.parts[0].format(n=layer, e=0))):
             yield Stored(stacked, shape, zoo, _whole)
             return
         rows = shape[1] // len(self.parts)
@@ -118,6 +120,99 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class Led:
+    """A vector that is stored as a matrix of one row."""
+
+    zoo: str
+    names: tuple[str, ...]
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        names = [name.format(n=layer) for name in self.names]
+        yield Stored(next(filter(known, names), names[0]), (1, *shape), self.zoo.format(n=layer), _led)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A parameter that is stored with other axes."""
+
+    zoo: str
+    names: tuple[str, ...]
+    shape: Shape
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        names = [name.format(n=layer) for name in self.names]
+        view = partial(_viewed, shape=self.shape)
+        yield Stored(next(filter(known, names), names[0]), self.shape, self.zoo.format(n=layer), view)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Stacked experts [e, parts * f, d], stored as one matrix [e * f, d] for each part."""
+
+    zoo: str
+    parts: tuple[str, ...]
+    """Names of the matrices, from the top."""
+    transposed: bool = False
+    """The parameter is [e, d, f] instead and has one part."""
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        experts, rows, width = (shape[0], shape[2], shape[1]) if self.transposed else shape
+        rows //= len(self.parts)
+        for index, part in enumerate(self.parts):
+            view = _turned if self.transposed else partial(_band, start=index * rows, stop=(index + 1) * rows)
+            stacked = partial(_grouped, groups=experts)
+            yield Stored(part.format(n=layer), (experts * rows, width), self.zoo.format(n=layer), view, stacked)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Stacked experts [e, parts * f, d], stored stacked too, as one tensor [e, f, d] for each part, or as they are."""
+
+    zoo: str
+    parts: tuple[str, ...]
+    """Names of the tensors, from the top."""
+    stacked: str
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        zoo, stacked = self.zoo.format(n=layer), self.stacked.format(n=layer)
+        if known(stacked):
+            yield Stored(stacked, shape, zoo, _whole)
+            return
+        rows = shape[1] // len(self.parts)
+        for index, part in enumerate(self.parts):
+            view = partial(_band, start=index * rows, stop=(index + 1) * rows)
+            yield Stored(part.format(n=layer), (shape[0], rows, shape[2]), zoo, view)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A matrix whose left and right halves are stored the other way round."""
+
+    zoo: str
+    name: str
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        half = shape[1] // 2
+        for mine, theirs in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
+            view, part = partial(_columns, where=mine), partial(_columns, where=theirs)
+            yield Stored(self.name.format(n=layer), shape, self.zoo.format(n=layer), view, part)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Gates and ups [e, 2f, ...], stored row by row in turns; matrices have their last two axes exchanged."""
+
+    zoo: str
+    name: str
+
+    def stored(self, layer: str, shape: Shape, known: Known) -> Iterator[Stored]:
+        matrix = len(shape) > 2
+        whole = (*shape[:-2], shape[-1], shape[-2]) if matrix else shape
+        part = partial(_in_turns, turned=matrix)
+        yield Stored(self.name.format(n=layer), whole, self.zoo.format(n=layer), _halves, part)
+
+
+@dataclass(frozen=True)
 class Fused:
     """Matrices or vectors that are stored as one, above each other in the order of `members`."""
 
@@ -127,8 +222,14 @@ class Fused:
     """The stored matrix has its last two axes exchanged."""
     groups: int = 1
     """The rows come in so many groups, each with an equal share of every member."""
+    apart: tuple[str, ...] = ()
+    """Names under which checkpoints of another layout hold the members apart."""
 
     def stored_jointly(self, layer: str, shapes: Mapping[str, Shape], known: Known) -> Iterator[Stored]:
+        if self.apart and known(self.apart[0].format(n=layer)):
+            for member, name in zip(self.members, self.apart, strict=True):
+                yield Stored(name.format(n=layer), shapes[member], member.format(n=layer), _whole)
+            return
         turned = self.transposed and len(next(iter(shapes.values()))) > 1
         height = sum(shape[0] for shape in shapes.values())
         whole: Shape = (height, *next(iter(shapes.values()))[1:])
@@ -172,6 +273,30 @@ def _turned(parameter: Tensor) -> Tensor:
     return parameter.mT
 
 
+def _viewed(parameter: Tensor, shape: Shape) -> Tensor:
+    return parameter.view(shape)
+
+
+def _led(parameter: Tensor) -> Tensor:
+    return parameter[None]
+
+
+def _band(parameter: Tensor, start: int, stop: int) -> Tensor:
+    return parameter[:, start:stop]
+
+
+def _columns(tensor: Tensor, where: slice) -> Tensor:
+    return tensor[:, where]
+
+
+def _halves(parameter: Tensor) -> Tensor:
+    return parameter.unflatten(1, (2, -1))
+
+
+def _in_turns(tensor: Tensor, turned: bool) -> Tensor:
+    return (tensor.mT if turned else tensor).unflatten(1, (-1, 2)).transpose(1, 2)
+
+
 def _grouped(tensor: Tensor, groups: int) -> Tensor:
     return tensor.unflatten(0, (groups, -1))
 
@@ -201,12 +326,12 @@ class Home:
     """What stands for `{n}` in its stored names."""
     rows: Rows = ()
     """Statements that hold in this layer alone, before those that hold in all."""
-    rename: tuple[str, str] = ("", "")
+    rename: Mapping[str, str] = field(default_factory=dict)
     """How stored names begin in the table, and how they begin here."""
 
     def renamed(self, name: str) -> str:
-        before, after = self.rename
-        return after + name.removeprefix(before) if before and name.startswith(before) else name
+        begins = next((begins for begins in self.rename if name.startswith(begins)), "")
+        return self.rename.get(begins, "") + name.removeprefix(begins)
 
 
 _HOME = re.compile(r"(?:mtp\.\d+\.)?layers\.(?P<layer>\d+)\.|mtp\.(?P<block>\d+)\.")

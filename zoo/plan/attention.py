@@ -79,6 +79,16 @@ class AttentionCost(Cost):
                 pairs = chosen_pairs(seq_len, spec.indexer.block_size, spec.indexer.top_k)
         return {"scores": 2 * spec.num_heads * (self.head_dim + self.v_head_dim) * pairs / seq_len, **parts}
 
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        spec, groups = self.spec, self.spec.num_kv_heads
+        kept = num_tokens if spec.window is None else min(num_tokens, spec.window - 1)
+        indexer = {"indexer": float(kept * spec.indexer.head_dim)} if spec.indexer is not None else {}
+        return {
+            "keys": float(kept * groups * self.head_dim),
+            "values": float(kept * groups * self.v_head_dim),
+            **indexer,
+        }
+
     def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:
         """As `Cost.flops`; an indexer rests in sequences that do not exceed the keys that it chooses."""
         parts, indexer = super().flops(seq_len, skip_masked), self.spec.indexer

@@ -76,6 +76,39 @@ class Cost:
         del seq_len, skip_masked
         return {}
 
+    def activations(self) -> dict[str, float]:
+        """Elements that one token keeps for the backward pass, by what they are.
+
+        What goes into a product with a weight is kept, and so is what comes out, to go into the next operation. What
+        comes from the residual stream is kept once before its norm and once after (`inputs`). `hidden`: what goes into
+        the last product of an MLP. `routed`: copies of the token, one for each expert that it is sent to; `experts`:
+        what all of these keep inside.
+        """
+        kept = {"inputs": 2.0 * self.d_model, "inner": 0.0, "hidden": 0.0, "routed": 0.0, "experts": 0.0}
+        for weight in self.weights():
+            if not weight.product or len(weight.shape) < 2:
+                continue
+            rows, columns = weight.shape[-2:]
+            down = "down" in weight.name and rows == self.d_model
+            writes = down or weight.name.split(".")[0] in ("out", "latent_up")
+            if len(weight.shape) == 3:
+                choices = float(weight.share * weight.shape[0])
+                kept["routed"] += 0 if "down" in weight.name else choices * columns
+                kept["experts"] += choices * (columns if "down" in weight.name else rows)
+            elif writes:
+                kept["hidden" if down else "inner"] += columns
+            else:
+                kept["inner"] += rows + (columns if columns != self.d_model else 0)
+        return kept
+
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        """Elements that a sequence of `num_tokens` leaves behind for the tokens after it, by what they are.
+
+        `state` is kept in fp32, whatever the dtype of the rest. Channel mixers leave nothing.
+        """
+        del num_tokens
+        return {}
+
     def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:
         """Forward FLOPs of one token by part: the products with weights, then those of `mixing`."""
         parts: dict[str, float] = {}

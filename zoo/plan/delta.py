@@ -34,6 +34,12 @@ class DeltaCost(Cost):
         )
         return {"rule": flops / seq_len}
 
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        spec = self.spec
+        channels = 2 * spec.qk_heads * spec.head_dim + spec.num_heads * spec.v_width
+        state = spec.num_heads * spec.head_dim * spec.v_width
+        return {"state": float(state), "convolution": float(channels * (spec.conv_width - 1))}
+
     def _chunk_flops(self, length: int, pairs: float, inverse: float) -> float:
         """Forward FLOPs of one chunk.
 

@@ -30,3 +30,7 @@ class Mamba1Cost(Cost):
 
     def mixing(self, seq_len: int, skip_masked: bool) -> dict[str, float]:
         return {"scan": 2 * (self.spec.d_inner or 0) * self.spec.d_state}
+
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        spec, d_inner = self.spec, self.spec.d_inner or 0
+        return {"state": float(d_inner * spec.d_state), "convolution": float(d_inner * (spec.conv_width - 1))}

@@ -32,3 +32,7 @@ class Mamba2Cost(Cost):
         inside = pairs * (spec.num_groups * spec.d_state + spec.d_inner)
         with_state = 2 * seq_len * spec.d_inner * spec.d_state
         return {"scan": 2 * (inside + with_state) / seq_len}
+
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        spec = self.spec
+        return {"state": float(spec.d_inner * spec.d_state), "convolution": float(spec.d_conv * (spec.conv_width - 1))}

@@ -49,6 +49,12 @@ class MLACost(Cost):
             parts[PART] = indexer_mixing(indexer, (visible_pairs(seq_len) if skip_masked else seq_len**2) / seq_len)
         return parts
 
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        spec = self.spec
+        chooses = spec.indexer is not None and not spec.indexer.reuse
+        indexer = {"indexer": float(num_tokens * spec.indexer.head_dim)} if chooses and spec.indexer else {}
+        return {"latents": float(num_tokens * (spec.d_kv_latent + spec.rope_head_dim)), **indexer}
+
     def flops(self, seq_len: int, skip_masked: bool = True) -> dict[str, float]:
         """As `Cost.flops`; an indexer rests in sequences that do not exceed its top_k."""
         parts = super().flops(seq_len, skip_masked)

@@ -34,6 +34,7 @@ class TopKRouterCost(RouterCost):
         spec, experts = self.spec, (self.num_experts,)
         vectors = {
             "bias": (spec.logit_bias, experts),
+            "correction_bias": (spec.count_bias, experts),
             "expert_scale": (spec.expert_scale, experts),
             "input_scale": (spec.input_norm, (self.d_model,)),
         }

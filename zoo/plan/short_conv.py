@@ -18,3 +18,6 @@ class ShortConvCost(Cost):
         weights.append(Weight("conv.weight", (d_model, 1, self.spec.width)))
         weights += [Weight("conv.bias", (d_model,))] if bias else []
         return weights + linear("out", d_model, d_model, bias)
+
+    def cache(self, num_tokens: int) -> dict[str, float]:
+        return {"convolution": float(self.d_model * (self.spec.width - 1))}

@@ -6,10 +6,12 @@ from zoo.spec.block import BlockSpec, FFNSpec, MixerSpec
 from zoo.spec.delta import DeltaSpec
 from zoo.spec.mamba1 import Mamba1Spec
 from zoo.spec.mamba2 import Mamba2Spec
+from zoo.spec.mla import MLASpec
 from zoo.spec.mlp import MLPSpec
 from zoo.spec.model import KindSpec, ModelSpec
 from zoo.spec.moe import BalanceSpec, MoESpec
 from zoo.spec.norm import NormSpec
+from zoo.spec.parallel import ParallelSpec
 from zoo.spec.rope import RopeScaling, RopeSpec
 from zoo.spec.router import ChoiceSpec, RouterSpec, SparseMixerRouterSpec, TopKRouterSpec
 from zoo.spec.short_conv import ShortConvSpec
@@ -23,6 +25,7 @@ __all__ = [
     "DeltaSpec",
     "FFNSpec",
     "KindSpec",
+    "MLASpec",
     "MLPSpec",
     "Mamba1Spec",
     "Mamba2Spec",
@@ -30,6 +33,7 @@ __all__ = [
     "MoESpec",
     "ModelSpec",
     "NormSpec",
+    "ParallelSpec",
     "RopeScaling",
     "RopeSpec",
     "RouterSpec",

@@ -42,6 +42,8 @@ class TopKRouterSpec(RouterSpec):
     """Choose by the logits and score only the chosen ones among themselves."""
     normalize: bool = True
     """Divide the weights of the chosen experts by their sum."""
+    normalize_eps: PositiveFloat = 1e-20
+    """Added to that sum. The default only matters where scores of all chosen experts underflow to 0."""
     route_scale: float = 1.0
     """Factor on the weights."""
     correction_bias: bool = False

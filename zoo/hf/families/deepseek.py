@@ -18,7 +18,7 @@ from zoo.hf.families.shared import (
 )
 from zoo.hf.family import Family, Slot
 from zoo.hf.keys import Keys, refused
-from zoo.hf.layers import Always, FirstDense, Layers
+from zoo.hf.layers import Always, FirstDense, Layers, Listed, all_full
 from zoo.hf.mtp import MTP, MTPNames
 from zoo.hf.rope import Rope
 from zoo.hf.rows import ACTIVATIONS, Const, Field, Inert, Only, Row, Tree, swiglu, trunk
@@ -29,6 +29,7 @@ from zoo.spec.moe import MoESpec
 
 SLOTS = {"attention": Slot(MLASpec, weights=latent_weights), "mlp": Slot(MLPSpec), "moe": Slot(MoESpec)}
 KINDS = {"dense": ("attention", "mlp"), "sparse": ("attention", "moe")}
+INDEXED = Listed("layer_types", {"indexed_attention": "attention"}, all_full)
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "aux_loss_alpha": 0.0,
@@ -52,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "rope_interleave": True,
     "rope_theta": 10_000.0,
     "routed_scaling_factor": 2.5,
-    "seq_aux": True,
+    "seq_aux": False,
     "tie_word_embeddings": False,
     "topk_group": 4,
     "v_head_dim": 128,
@@ -69,7 +70,7 @@ def expert_rows() -> Iterator[Row]:
     yield Field("moe.activation", "hidden_act", ACTIVATIONS)
     yield Field("moe.balance.aux_loss", "aux_loss_alpha")
     yield Field("moe.balance.level", "seq_aux", {True: "sequence", False: "batch"})
-    yield Only("moe_layer_freq", 1)
+    yield Only("moe_layer_freq", 1, written=True)
     yield Inert("ep_size")
 
 
@@ -77,8 +78,8 @@ def sigmoid_rows() -> Iterator[Row]:
     """The router of V3."""
     yield from sigmoid_router()
     yield from router_groups()
-    yield Only("scoring_func", "sigmoid")
-    yield Only("topk_method", "noaux_tc")
+    yield Only("scoring_func", "sigmoid", written=True)
+    yield Only("topk_method", "noaux_tc", written=True)
 
 
 def expert_weights() -> Iterator[WeightRow | JointRow]:
@@ -128,7 +129,7 @@ DEEPSEEK_V2 = Family(
         Field("moe.router.route_scale", "routed_scaling_factor"),
         Const("moe.router.normalize", False),
         Only("norm_topk_prob", False),
-        Only("scoring_func", "softmax"),
+        Only("scoring_func", "softmax", written=True),
     ),
     weights=(*trunk_weights(), *expert_weights()),
     defaults={
@@ -171,11 +172,12 @@ DEEPSEEK_V32 = Family(
     model_type="deepseek_v32",
     architecture="DeepseekV32ForCausalLM",
     slots=SLOTS,
-    layers=Layers(Always("attention"), FirstDense(), KINDS),
+    layers=Layers(INDEXED, FirstDense(), KINDS),
     rows=(
         *trunk(),
         *latent_rows(),
         *indexer_rows(),
+        Only("mlp_bias", False),
         Const("attention.indexer.rope_layout", "half"),
         Const("attention.rope.layout", "interleaved"),
         Rope(),

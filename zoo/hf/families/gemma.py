@@ -18,6 +18,7 @@ from zoo.hf.keys import Keys
 from zoo.hf.layers import Always, Layers, every_second_full, windows
 from zoo.hf.rope import Rope, RopeByType
 from zoo.hf.rows import ACTIVATIONS, Const, Field, Inert, Only, Row, heads, inverse_root, trunk
+from zoo.hf.wrapped import LAYOUTS, OTHER_WEIGHTS
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.mlp import MLPSpec
 
@@ -26,6 +27,9 @@ SLOTS = {
     "local": Slot(AttentionSpec, {"mask": "sliding"}, like="attention"),
     "mlp": Slot(MLPSpec),
 }
+GELU = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}
+# The first releases say `gelu` and mean its tanh form.
+_OLD_GELU = {**GELU, "gelu": "gelu_tanh"}
 KINDS = {"full": ("attention", "mlp"), "local": ("local", "mlp")}
 _DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
@@ -62,19 +66,15 @@ def _windowed() -> Iterator[Row]:
     yield Field("head.softcap", "final_logit_softcapping")
     yield Const("local.mask", "sliding")
     yield Field("local.window", "sliding_window")
-    yield Field("mlp.activation", "hidden_activation", ACTIVATIONS)
+    yield Field("mlp.activation", "hidden_activation", GELU)
 
-
-# The first releases say `gelu` and mean its tanh form.
-_GELU = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", **ACTIVATIONS, "gelu_new": "gelu_tanh"}
-_GELU["gelu"] = "gelu_tanh"
 
 GEMMA = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
     slots={"attention": Slot(AttentionSpec), "mlp": Slot(MLPSpec)},
     layers=Layers(Always("attention"), Always("mlp"), {"dense": ("attention", "mlp")}),
-    rows=(*_common(), Field("mlp.activation", "hidden_act", _GELU), Inert("hidden_activation"), Rope()),
+    rows=(*_common(), Field("mlp.activation", "hidden_act", _OLD_GELU), Inert("hidden_activation"), Rope()),
     weights=(*trunk_weights(), *attention_weights(), *mlp_weights()),
     defaults={**_DEFAULTS, "hidden_act": "gelu_pytorch_tanh"},
 )
@@ -104,11 +104,14 @@ def by_pattern(keys: Keys, num_layers: int) -> list[str]:
 GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    layouts=LAYOUTS,
+    ignored_weights=OTHER_WEIGHTS,
     slots=SLOTS,
     layers=Layers(windows(by_pattern), Always("mlp"), KINDS),
     rows=(
         *_windowed(),
         Const("attention.qk_norm", "head"),
+        Inert("_sliding_window_pattern"),
         RopeByType(
             {"full_attention": "attention", "sliding_attention": "local"},
             {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
@@ -120,9 +123,15 @@ GEMMA3_TEXT = Family(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
         "max_position_embeddings": 131_072,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
         "rope_local_base_freq": 10_000.0,
         "rope_theta": 1_000_000.0,
         "sliding_window_pattern": 6,
+        "vocab_size": 262_208,
     },
 )

@@ -69,9 +69,7 @@ GLM4_MOE = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     slots={"attention": Slot(AttentionSpec), "mlp": Slot(MLPSpec), "moe": Slot(MoESpec)},
-    layers=Layers(
-        Always("attention"), FirstDense(), {"dense": ("attention", "mlp"), "sparse": ("attention", "moe")}
-    ),
+    layers=Layers(Always("attention"), FirstDense(), {"dense": ("attention", "mlp"), "sparse": ("attention", "moe")}),
     rows=(
         *trunk(),
         *heads(),
@@ -101,6 +99,7 @@ GLM4_MOE = Family(
         **_DEFAULTS,
         "attention_bias": False,
         "first_k_dense_replace": 1,
+        "intermediate_size": 10_944,
         "moe_intermediate_size": 1408,
         "n_group": 1,
         "n_routed_experts": 128,

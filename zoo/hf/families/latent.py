@@ -13,7 +13,7 @@ _MIXER = "layers.{n}.mixer"
 
 
 def latent_rows(slot: str = "attention") -> Iterator[Row]:
-    """Heads and latents. The classes of transformers leave the eps of the latents' norms at their default."""
+    """Heads and latents. The classes of transformers leave the eps of the latents' norms at its default."""
     yield Field(f"{slot}.num_heads", "num_attention_heads")
     yield Equal("num_key_value_heads", "num_attention_heads")
     yield Only("attention_dropout", 0.0)
@@ -36,10 +36,11 @@ def indexer_rows(slot: str = "attention") -> Iterator[Row]:
     yield Field(f"{slot}.indexer.top_k", "index_topk")
 
 
-def latent_weights(spec: MLASpec) -> Iterator[WeightRow | JointRow]:
+def latent_weights(
+    spec: MLASpec, theirs: str = f"{LAYER}.self_attn", out: str = "o_proj"
+) -> Iterator[WeightRow | JointRow]:
     """Projections of keys and values are stored as one, head by head; so are the latent and the shared key."""
-    theirs = f"{LAYER}.self_attn"
-    names = {"kv_norm": "kv_a_layernorm", "out": "o_proj", "gate": "g_proj"}
+    names = {"kv_norm": "kv_a_layernorm", "out": out, "gate": "g_proj"}
     if spec.d_q_latent is None:
         names |= {"q": "q_proj"}
     else:

@@ -7,6 +7,7 @@ from zoo.hf.family import Family, Slot
 from zoo.hf.layers import Always, Layers
 from zoo.hf.rope import Rope
 from zoo.hf.rows import Field, Window, heads, swiglu, trunk
+from zoo.hf.wrapped import LAYOUTS, OTHER_WEIGHTS
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.mlp import MLPSpec
 
@@ -26,6 +27,8 @@ _WEIGHTS = (*trunk_weights(), *attention_weights(), *mlp_weights())
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    layouts=LAYOUTS,
+    ignored_weights=OTHER_WEIGHTS,
     slots={"attention": Slot(AttentionSpec), "mlp": Slot(MLPSpec)},
     layers=Layers(Always("attention"), Always("mlp"), {"dense": ("attention", "mlp")}),
     rows=(*trunk(), *heads(), Field("attention.head_dim", "head_dim"), Window("attention"), Rope(), *swiglu()),
@@ -36,6 +39,8 @@ MISTRAL = Family(
 MINISTRAL3 = Family(
     model_type="ministral3",
     architecture="Ministral3ForCausalLM",
+    layouts=LAYOUTS,
+    ignored_weights=OTHER_WEIGHTS,
     slots={"attention": Slot(AttentionSpec), "mlp": Slot(MLPSpec)},
     layers=Layers(Always("attention"), Always("mlp"), {"dense": ("attention", "mlp")}),
     rows=(
@@ -43,7 +48,7 @@ MINISTRAL3 = Family(
         *heads(),
         Field("attention.head_dim", "head_dim"),
         Window("attention"),
-        Rope(query_scale=True, nested=True),
+        Rope(query_scale=True, nested=True, without_effect=("max_position_embeddings",)),
         *swiglu(),
     ),
     weights=_WEIGHTS,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from zoo.hf.families.shared import LAYER, attention_weights, trunk_weights
+from zoo.hf.families.shared import attention_weights, block_sparse_moe_weights, trunk_weights
 from zoo.hf.family import Family, Slot
 from zoo.hf.layers import Always, Layers
 from zoo.hf.rope import Rope
 from zoo.hf.rows import ACTIVATIONS, Const, Field, Only, Window, heads, trunk
-from zoo.hf.weights import Experts, Same
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.moe import MoESpec
-
-_HUB, _STACKED = f"{LAYER}.block_sparse_moe", f"{LAYER}.mlp"
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -36,13 +33,7 @@ MIXTRAL = Family(
     weights=(
         *trunk_weights(),
         *attention_weights(),
-        Same("layers.{n}.ffn.router.weight", (f"{_HUB}.gate.weight", f"{_STACKED}.gate.weight")),
-        Experts(
-            "layers.{n}.ffn.experts.gate_up",
-            (f"{_HUB}.experts.{{e}}.w1.weight", f"{_HUB}.experts.{{e}}.w3.weight"),
-            f"{_STACKED}.experts.gate_up_proj",
-        ),
-        Experts("layers.{n}.ffn.experts.down", (f"{_HUB}.experts.{{e}}.w2.weight",), f"{_STACKED}.experts.down_proj"),
+        *block_sparse_moe_weights(),
     ),
     defaults={
         "head_dim": None,

@@ -28,7 +28,7 @@ _DEFAULTS = {
 
 def _rows() -> Iterator[Row]:
     yield from trunk()
-    yield Const("norm.weight", "fp32")
+    yield Const("norm.weight", "wide")
     yield Const("norm_placement", "post")
     yield from heads()
     yield Const("attention.qk_norm", "full")

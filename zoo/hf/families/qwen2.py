@@ -6,7 +6,7 @@ from zoo.hf.families.qwen3 import LateWindows
 from zoo.hf.families.shared import attention_weights, mlp_weights, moe_weights, shared_expert_weights, trunk_weights
 from zoo.hf.family import Family, Slot
 from zoo.hf.keys import Keys
-from zoo.hf.layers import Layers, Always, Listed, SparseSteps
+from zoo.hf.layers import Always, Layers, SparseSteps
 from zoo.hf.mtp import MTP, MTPNames
 from zoo.hf.rope import Rope
 from zoo.hf.rows import ACTIVATIONS, Const, Field, Inert, Only, SharedWidth, heads, swiglu, trunk
@@ -57,7 +57,7 @@ QWEN2 = Family(
     ),
     weights=(*trunk_weights(), *attention_weights(), *mlp_weights()),
     defaults={**_DEFAULTS, "head_dim": None},
-    mtp=MTPNames(_MTP_NAMES, blocks="model.mtp_"),
+    mtp=MTPNames(_MTP_NAMES, blocks="model.mtp_", hidden_first=True),
 )
 
 

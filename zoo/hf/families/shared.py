@@ -89,12 +89,14 @@ def shared_expert_weights(name: str = "shared_experts") -> Iterator[WeightRow]:
         yield Same(f"layers.{{n}}.ffn.shared.{part}.weight", (f"{LAYER}.mlp.{name}.{part}_proj.weight",))
 
 
-def sigmoid_router(scale: str | None = "routed_scaling_factor", slot: str = "moe") -> Iterator[Row]:
-    """Sigmoid scores with a correction bias; all in fp32, also in an fp64 model."""
+def sigmoid_router(
+    scale: str | None = "routed_scaling_factor", slot: str = "moe", arithmetic: str = "fp32"
+) -> Iterator[Row]:
+    """Sigmoid scores with a correction bias."""
     yield Const(f"{slot}.router.type", "top_k")
     yield Const(f"{slot}.router.score", "sigmoid")
     yield Const(f"{slot}.router.correction_bias", True)
-    yield Const(f"{slot}.router.arithmetic", "fp32")
+    yield Const(f"{slot}.router.arithmetic", arithmetic)
     if scale is not None:
         yield Field(f"{slot}.router.route_scale", scale)
 
@@ -104,3 +106,14 @@ def router_groups(slot: str = "moe") -> Iterator[Row]:
     yield Field(f"{slot}.router.num_groups", "n_group")
     yield Field(f"{slot}.router.top_groups", "topk_group")
     yield Field(f"{slot}.router.normalize", "norm_topk_prob")
+
+
+def block_sparse_moe_weights(router: str = "gate") -> Iterator[WeightRow]:
+    """Experts of three numbered matrices, stored apart on the hub and stacked in the memory of transformers 5."""
+    hub, stacked = f"{LAYER}.block_sparse_moe", f"{LAYER}.mlp"
+    each = f"{hub}.experts.{{e}}"
+    yield Same("layers.{n}.ffn.router.weight", (f"{hub}.gate.weight", f"{stacked}.{router}.weight"))
+    yield Experts(
+        "layers.{n}.ffn.experts.gate_up", (f"{each}.w1.weight", f"{each}.w3.weight"), f"{stacked}.experts.gate_up_proj"
+    )
+    yield Experts("layers.{n}.ffn.experts.down", (f"{each}.w2.weight",), f"{stacked}.experts.down_proj")

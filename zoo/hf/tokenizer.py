@@ -1,0 +1,184 @@
+"""The tokenizer that belongs to a checkpoint, for writing text with its model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from zoo.data.tokenizer import load_tokenizer, tokenizer_file
+from zoo.hf.source import Source
+from zoo.hf.tensors import read_json
+from zoo.spec.base import ConfigError, Spec, choice_of, decode
+from zoo.spec.data import BytesTokenizer, FileTokenizer, TokenizerSpec
+
+TOKENIZER = "tokenizer.json"
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    GENERATION,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What stands beside the weights of a Hugging Face checkpoint and is copied with them."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Text(Protocol):
+    """Turns prompts into tokens and tokens into text."""
+
+    @property
+    def ends(self) -> Collection[int]:
+        """Tokens that end a text."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token(self, text: str) -> int | None:
+        """The id of a token of the vocabulary, by how it is written."""
+
+
+class _Settings(Spec):
+    tokenizer: choice_of(TokenizerSpec)  # type: ignore[valid-type]
+
+
+def text_of(source: Source, tokenizer: str | None = None) -> Text:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        tokenizer: another one: `bytes`, or a tokenizer.json or its directory.
+
+    Raises:
+        ConfigError: there is none, or a package that reads it is missing.
+    """
+    if tokenizer == "bytes":
+        return _OfRun(BytesTokenizer())
+    if tokenizer is not None:
+        path = Path(tokenizer).expanduser()
+        return _OfLibrary(_read(path / TOKENIZER if path.is_dir() else path), _ends(source))
+    if source.family is None and (spec := _of_run(source)) is not None:
+        return _OfRun(spec)
+    if source.path.is_file():
+        return _OfLibrary(_inside(source.path).backend_tokenizer, _ends(source))
+    if not (source.path / TOKENIZER).is_file():
+        raise ConfigError(f"{source.path}: holds no {TOKENIZER}; name one, or bytes: tokenizer=...")
+    return _OfLibrary(_read(source.path / TOKENIZER), _ends(source))
+
+
+def write_tokenizer(source: Source, directory: Path) -> list[str]:
+    """Copy the tokenizer of a checkpoint and what it says about generation; what a person should know about it."""
+    if source.path.is_file():
+        try:
+            _inside(source.path).save_pretrained(directory)
+        except ConfigError as error:
+            return [f"no tokenizer was written: {error}"]
+        return []
+    spec = _of_run(source) if source.family is None else None
+    if isinstance(spec, BytesTokenizer):
+        return ["the model reads bytes, for which there is no tokenizer file: tokenizer=bytes"]
+    if isinstance(spec, FileTokenizer):
+        shutil.copyfile(tokenizer_file(spec), directory / TOKENIZER)
+        return []
+    found = [name for name in TOKENIZER_FILES if (source.path / name).is_file()]
+    for name in found:
+        shutil.copyfile(source.path / name, directory / name)
+    return [] if TOKENIZER in found else [f"the source holds no {TOKENIZER}"]
+
+
+def _of_run(source: Source) -> TokenizerSpec | None:
+    """The tokenizer that a run was trained with."""
+    settings = source.config.get("tokenizer")
+    return None if settings is None else decode(_Settings, {"tokenizer": settings}, "settings").tokenizer
+
+
+def _ends(source: Source) -> frozenset[int]:
+    """Tokens that end a text, in the words of Hugging Face: a number, several, or nothing."""
+    generation = source.path / GENERATION
+    said = read_json(generation) if generation.is_file() else {}
+    found = said.get("eos_token_id", source.config.get("eos_token_id"))
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"tokenizer: found {str(path)!r}; there is no such file")
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        raise ConfigError(f"{path}: needs the package tokenizers; pip install 'moe-zoo[data]'") from None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise ConfigError(f"{path}: not a {TOKENIZER}: {error}") from None
+
+
+def _inside(path: Path) -> Any:
+    """The tokenizer in a GGUF file, as transformers makes it of the metadata.
+
+    Raises:
+        ConfigError: transformers is not installed, or does not know this kind.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        advice = f"pip install 'moe-zoo[hf]', or name a {TOKENIZER}: tokenizer=..."
+        raise ConfigError(f"{path}: the tokenizer of a GGUF file needs the package transformers; {advice}") from None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:  # whatever a file that is not understood leads to
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{path}: transformers does not read its tokenizer: {reason}; name a {TOKENIZER}") from None
+
+
+class _OfRun:
+    """The tokenizer of a run of zoo. No text has its separator, which ends documents."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._tokenizer = load_tokenizer(spec)
+        self.ends = frozenset([self._tokenizer.separator])
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text) or [self._tokenizer.separator]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # A model may know more tokens than its tokenizer: their rows were never trained.
+        known = self._tokenizer.vocab_size
+        return self._tokenizer.decode([token for token in ids if token < known and token not in self.ends])
+
+    def token(self, text: str) -> int | None:
+        return None
+
+
+class _OfLibrary:
+    """A tokenizer.json as transformers uses it: special tokens are understood in a prompt, and left out of text."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+        self._tokenizer, self.ends = tokenizer, ends
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        if not ids:
+            raise ConfigError(
+                "prompt: found ''; this tokenizer makes no token of it, and a model needs one to begin with"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token(self, text: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found

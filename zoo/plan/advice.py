@@ -1,0 +1,137 @@
+"""What to say when no layout will do: what is missing, and the nearest things that would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from zoo.plan import engine
+from zoo.plan.machines import machines
+from zoo.plan.question import Question, divisors
+from zoo.plan.search import Found, bounds_of, families
+
+MOST_DEVICES = 1 << 17
+MOST_MACHINES = 3
+
+
+def nowhere(q: Question, tried: Sequence[Found]) -> str:
+    """The message for a question that no layout answers."""
+    if not any(len(found) for found in tried):
+        return _no_layout(q)
+    found = min((one for one in tried if len(one)), key=lambda one: float(np.min(one.memory_gib)))
+    least, precision = least_gib(q, found.precision)
+    row = int(np.argmin(found.memory_gib))
+    room = q.room_gib
+    text = (
+        f"hardware: {q.spec.name} fits in no layout of {_machine(q)}: the smallest of {found.num_legal:,} "
+        f"({found.layout(row)}) needs {least:.4g} GiB a device of {room:.4g}, {least - room:.3g} too much"
+    )
+    advice = list(_enough(q, precision))
+    return f"{text}; {'; '.join(advice)}" if advice else f"{text}; no larger machine that zoo knows would do"
+
+
+def _machine(q: Question) -> str:
+    n = q.machine.num_devices
+    return f"{q.machine.name} ({n} {'device' if n == 1 else 'devices'} of {q.machine.chip.name})"
+
+
+def _no_layout(q: Question) -> str:
+    """Something that was given contradicts the number of devices or the batch."""
+    n = q.machine.num_devices
+    fixed = ", ".join(f"{name} {value}" for name, value in q.fixed.items())
+    text = f"layout: no layout of {n:,} devices is legal with global_batch {q.global_batch:,}"
+    text += f" and {fixed}" if fixed else ""
+    advice = []
+    for batch in _multiples(q.global_batch, n):
+        if len(families(replace(q, global_batch=batch))["tp"]):
+            advice.append(f"global_batch={batch} would do")
+            break
+    for name in q.fixed:
+        rest = {key: value for key, value in q.fixed.items() if key != name}
+        if len(families(replace(q, fixed=rest))["tp"]):
+            advice.append(f"so would leaving {name} open" if advice else f"leave {name} open")
+    fewer = [d for d in divisors(q.global_batch) if d < n]
+    if fewer and not advice:
+        advice.append(f"hardware.num_devices={fewer[-1]} divides the batch")
+    return f"{text}; {', '.join(advice)}" if advice else text
+
+
+def _multiples(batch: int, n: int) -> Iterator[int]:
+    """Batches near the one that was asked for that the devices divide, the nearest first."""
+    below = batch // n * n
+    yield from (size for size in (below, below + n, n) if size > 0)
+
+
+def least_gib(q: Question, precision: str) -> tuple[float, str]:
+    """The memory of a device in the smallest layout of all; endless where none is legal."""
+    plain = families(q)
+    if not len(plain["tp"]):
+        return np.inf, precision
+    return float(np.min(bounds_of(q, precision, plain).least_memory_gib)), precision
+
+
+def _enough(q: Question, precision: str) -> Iterator[str]:
+    """The nearest changes after which a layout fits, one of each kind."""
+    cheaper = {"seq_len": lambda: _shorter(q, precision), "optimizer": lambda: _leaner(q, precision)}
+    if (devices := _more_devices(q, precision)) is not None:
+        yield f"hardware.num_devices={devices} would do"
+    larger = _larger_machines(q, precision)
+    if larger:
+        yield (
+            f"so would {q.machine.num_devices} x {', '.join(larger)}" if devices else f"it fits on {', '.join(larger)}"
+        )
+    for find in cheaper.values():
+        if (advice := find()) is not None:
+            yield advice
+
+
+def _more_devices(q: Question, precision: str) -> int | None:
+    """The fewest devices that are enough, doubling."""
+    n = q.machine.num_devices * 2
+    while n <= MOST_DEVICES:
+        machine = q.machine.replace(num_devices=n)
+        batch = max(q.global_batch, n) // n * n
+        if least_gib(replace(q, machine=machine, global_batch=batch), precision)[0] <= q.room_gib:
+            return n
+        n *= 2
+    return None
+
+
+def _larger_machines(q: Question, precision: str) -> list[str]:
+    """Machines whose devices have more memory, as many of them, on which it fits; the smallest first."""
+    found: list[str] = []
+    for machine in machines():
+        mine = machine.chip
+        if (mine.memory_gib or 0.0) <= (q.machine.chip.memory_gib or 0.0) or mine.announced:
+            continue
+        known = replace(q, machine=machine.replace(num_devices=q.machine.num_devices), engine=None)
+        named = f"{machine.name} ({mine.memory_gib:g} GiB)"
+        if mine.tflops.bf16 and least_gib(known, _able(machine, precision))[0] <= known.room_gib:
+            found.append(named)
+        if len(found) == MOST_MACHINES:
+            break
+    return found
+
+
+def _able(machine: object, precision: str) -> str:
+    """The precision, or bf16 where the chip of a machine lacks it: memory hardly differs."""
+    dtype = engine.PRECISIONS[precision][0]
+    return precision if getattr(machine.chip.tflops, dtype) else "bf16"  # type: ignore[attr-defined]
+
+
+def _shorter(q: Question, precision: str) -> str | None:
+    length = q.seq_len // 2
+    while length >= 128:
+        if least_gib(replace(q, seq_len=length), precision)[0] <= q.room_gib:
+            return f"seq_len={length} would fit"
+        length //= 2
+    return None
+
+
+def _leaner(q: Question, precision: str) -> str | None:
+    for optimizer in ("muon", "sgd"):
+        if optimizer != q.optimizer and least_gib(replace(q, optimizer=optimizer), precision)[0] <= q.room_gib:
+            return f"optimizer={optimizer} would fit"
+    return None

@@ -1,0 +1,163 @@
+"""Why a layout was chosen, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from zoo.plan.estimate import Estimate
+from zoo.plan.layout import Layout
+from zoo.plan.search import Found, Table, priced
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "expert products": ("experts",),
+    "other products": ("matmuls", "head"),
+    "attention and scans": ("mixing",),
+    "memory traffic": ("memory", "accumulate", "optimizer"),
+    "waiting for the host": ("host", "fixed"),
+    "tensor parallelism": ("tp",),
+    "expert parallelism": ("ep",),
+    "context parallelism": ("cp",),
+    "pipeline": ("pp", "bubble"),
+    "data parallelism": ("dp", "shard"),
+    "unevenness": ("jitter",),
+}
+"""The parts of a step's time (`Estimate.time_s`) as a reader thinks of them."""
+COMMUNICATION = ("tensor parallelism", "expert parallelism", "context parallelism", "pipeline", "data parallelism")
+MOST_GROWTH = 1024
+CLEAR_GAIN = 0.02
+"""Of the step time: from here on it is worth knowing what stood in the way."""
+
+
+def grouped(time_s: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by `GROUPS`; parts that no group knows come last under their own names."""
+    known = {part for parts in GROUPS.values() for part in parts}
+    found = {name: sum(time_s.get(part, 0.0) for part in parts) for name, parts in GROUPS.items()}
+    return found | {name: value for name, value in time_s.items() if name not in known}
+
+
+def losses(winner: Estimate, other: Estimate) -> list[tuple[str, float]]:
+    """Seconds by which the other takes longer, by group, the largest first; negative where it is ahead."""
+    mine, theirs = grouped(winner.time_s), grouped(other.time_s)
+    gaps = [(name, theirs.get(name, 0.0) - mine.get(name, 0.0)) for name in {**mine, **theirs}]
+    return sorted(gaps, key=lambda gap: -abs(gap[1]))
+
+
+def described(estimate: Estimate) -> str:
+    """A layout with its micro-batch and what it computes again."""
+    return _in_words(estimate.layout, estimate.micro_batch, estimate.recompute)
+
+
+def _in_words(layout: Layout, micro_batch: int, recompute: str) -> str:
+    again = "" if recompute == "none" else f", recompute {recompute}"
+    return f"{layout}, micro-batch {micro_batch}{again}"
+
+
+def reasons(winner: Estimate, runner_up: Estimate | None, found: Found) -> list[str]:
+    """Sentences: what the step is spent on, what the runner-up loses, and what stood in the way of a quicker one."""
+    parts = sorted(grouped(winner.time_s).items(), key=lambda part: -part[1])
+    total = winner.step_time_s
+    named = [f"{name} {value / total:.0%}" for name, value in parts[:3]]
+    lines = [f"the step is spent on {', '.join(named)}"]
+    if runner_up is not None:
+        gaps = losses(winner, runner_up)
+        worse = [f"{name} {gap:+.3g} s" for name, gap in gaps[:3] if abs(gap) > 1e-4 * total]
+        later = runner_up.step_time_s / total - 1
+        lines.append(f"the runner-up ({described(runner_up)}) takes {later:.1%} longer: {', '.join(worse) or 'evenly'}")
+    row = nearest_blocked(found)
+    if row is not None:
+        gain, short = 1 - found.seconds[row] / total, found.memory_gib[row] - found.question.room_gib
+        lines.append(
+            f"memory stands in the way of {row_in_words(found, row)}, which would take {gain:.1%} less: it needs "
+            f"{found.memory_gib[row]:.4g} GiB, {short:.3g} more than there is"
+        )
+    return lines
+
+
+def nearest_blocked(found: Found) -> int | None:
+    """The row that would clearly win and lacks the least memory; None where memory is in nobody's way."""
+    blocked = np.flatnonzero(~found.fits & (found.seconds < (1 - CLEAR_GAIN) * found.seconds[0]))
+    return int(blocked[np.argmin(found.memory_gib[blocked])]) if len(blocked) else None
+
+
+def row_in_words(found: Found, row: int) -> str:
+    """As `described`, of a row that was found."""
+    return _in_words(found.layout(row), found.micro_batch(row), found.recompute(row))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far something can grow in the chosen layout until something else runs out."""
+
+    what: str
+    factor: float
+    """How many times as much there can be; MOST_GROWTH: at least that."""
+    ends: str
+    """What runs out then."""
+
+
+def limits(found: Found, row: int, estimate: Estimate) -> list[Limit]:
+    """What runs out first, when something grows: the nearest limit comes first."""
+    q, table = found.question, {name: column[row : row + 1] for name, column in found.table.items()}
+    grown: list[Limit] = []
+    if estimate.memory_limit_gib:
+        largest = max(estimate.memory_gib, key=lambda name: estimate.memory_gib[name])
+        used = f"memory, of which {largest} {_take(largest)} most"
+        for what in ("seq_len", "micro_batch"):
+            grown.append(Limit(_words(what, estimate), _room_for(found, table, what), used))
+    replicas = q.global_batch / (estimate.micro_batch * estimate.layout.dp)
+    ends = "sequences of the batch: every replica would have a single micro-batch"
+    grown.append(Limit(f"replicas, {estimate.layout.dp}", float(replicas), ends))
+    return sorted(grown, key=lambda limit: limit.factor)
+
+
+def _take(name: str) -> str:
+    return "take" if name.endswith("s") else "takes"
+
+
+def _words(what: str, estimate: Estimate) -> str:
+    return f"{'sequences of' if what == 'seq_len' else 'micro-batches of'} {getattr(estimate, what):,}"
+
+
+def _room_for(found: Found, table: Table, what: str) -> float:
+    """The largest power of two by which a number can grow before memory runs out."""
+    factors = [2**power for power in range(MOST_GROWTH.bit_length())]
+    for factor in factors[1:]:
+        q, row = found.question, dict(table)
+        if what == "seq_len":
+            q = replace(q, seq_len=q.seq_len * factor)
+        else:
+            row["micro_batch"] = row["micro_batch"] * factor
+            q = replace(q, global_batch=q.global_batch * factor)
+        if not priced(q, found.precision, row)[2][0]:
+            return float(factor // 2)
+    return float(MOST_GROWTH)
+
+
+def in_words(limits: Iterable[Limit]) -> list[str]:
+    """One sentence for each."""
+    lines = []
+    for limit in limits:
+        growth = "at once" if limit.factor < 2 else f"after growing {limit.factor:.4g} times"
+        lines.append(f"{limit.what}: {growth} it runs out of {limit.ends}")
+    return lines
+
+
+def why_not(found: Found, other: Estimate, winner: Estimate, broken: str = "") -> str:
+    """The reason why a layout was not chosen, in one sentence."""
+    name = described(other)
+    if broken:
+        return f"{name}: not legal: {broken}"
+    if other.total_memory_gib > found.question.room_gib:
+        most = max(other.memory_gib, key=lambda part: other.memory_gib[part])
+        return (
+            f"{name}: does not fit: it needs {other.total_memory_gib:.4g} GiB of {found.question.room_gib:.4g}; "
+            f"{most} {_take(most)} {other.memory_gib[most]:.4g}"
+        )
+    later = other.step_time_s / winner.step_time_s - 1
+    if (other.layout, other.micro_batch, other.recompute) == (winner.layout, winner.micro_batch, winner.recompute):
+        return f"{name}: it was chosen"
+    gaps = [f"{part} {gap:+.3g} s" for part, gap in losses(winner, other)[:3] if gap]
+    return f"{name}: fits, but takes {later:.1%} longer: {', '.join(gaps)}"

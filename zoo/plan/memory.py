@@ -1,0 +1,132 @@
+"""Bytes on one device by component, from shapes: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zoo.plan.layout import Array, Points
+from zoo.plan.products import Sizes, Use, sizes_of, uses_of
+from zoo.spec.model import ModelSpec
+
+GIB = 2.0**30
+ALLOCATOR = 1.04
+"""Reserved over allocated, the median of measured runs (planners.md, section 1)."""
+STATE_BYTES = {"adamw": 8.0, "adam": 8.0, "muon": 4.0, "sgd": 0.0, "sgd_momentum": 4.0}
+"""Of an optimizer's moments for each parameter, in fp32."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How many bytes an engine spends on what."""
+
+    master: float = 4.0
+    """On the weight that the optimizer updates, beside the one that is computed with; 0: they are one."""
+    weight: float = 2.0
+    """On a weight that is computed with."""
+    gradient: float = 4.0
+    moments: float = 8.0
+    activation: float = 2.0
+    logit: float = 8.0
+    """On a logit: in its own dtype, in fp32, and its gradient, as far as they live at the same time."""
+    spread_states: bool = True
+    """Master weights and moments are spread over the replicas."""
+    fused_attention: bool = True
+    dropout: bool = False
+    """One more byte for each element that leaves a branch."""
+    sequence_parallel: bool = True
+    """The residual stream is shared among the devices of tensor parallelism as well."""
+
+
+def memory_of(
+    spec: ModelSpec, p: Points, storage: Storage, *, mtp: bool = False, stage: str = "fullest"
+) -> dict[str, Array]:
+    """GiB by component on one device, [n] each; they sum to the peak that is allocated.
+
+    Args:
+        mtp: multi-token prediction is trained along.
+        stage: `first`, `last`, or `fullest`: the components of whichever of the two needs more.
+    """
+    uses, sizes = uses_of(spec, mtp), sizes_of(spec, mtp)
+    stages = {name: _stage(spec, uses, sizes, p, storage, name == "first") for name in ("first", "last")}
+    if stage != "fullest":
+        return stages[stage]
+    first_wins = total(stages["first"]) >= total(stages["last"])
+    return {name: np.where(first_wins, stages["first"][name], stages["last"][name]) for name in stages["first"]}
+
+
+def total(parts: dict[str, Array]) -> Array:
+    """The sum of all components."""
+    return np.asarray(sum(parts.values(), np.zeros(1)))
+
+
+def _stage(spec: ModelSpec, uses: list[Use], sizes: Sizes, p: Points, s: Storage, first: bool) -> dict[str, Array]:
+    alone = p.pp == 1
+    table = np.where(alone, sizes.embed + sizes.head, sizes.embed if first else max(sizes.head, sizes.embed)) / p.tp
+    dense = (sizes.cut / p.tp + sizes.whole) / p.pp + table
+    experts = sizes.experts / (p.ep * p.etp * p.pp)
+    sharded = p.shard > 1
+    kept = dense / p.shard + experts / p.expert_shard
+    spread = dense / (p.dp * p.cp) + experts / np.maximum(p.expert_dp, 1.0)
+    states = np.where(sharded, kept, spread if s.spread_states else dense + experts)
+    gathered = np.where(sharded, 2.0 * (dense + experts) / (spec.num_layers / p.pp + 1) * s.weight, 0.0)
+    in_flight = flight(p) if first else np.where(alone, 1.0, np.minimum(1.0 + (p.pp - 1) / p.pp * (p.vp > 1), p.pp))
+    activations, dispatch = activation_bytes(spec, uses, p, s, in_flight)
+    ends = alone | (not first)
+    logits = np.where(ends, p.tokens * spec.vocab_size / p.tp * s.logit, 0.0)
+    master = np.where(sharded & (s.master > 0), 0.0, s.master)  # fully sharded engines keep one weight, in fp32
+    weight = np.where(sharded & (s.master > 0), s.master, s.weight)
+    parts = {
+        "weights": kept * weight + gathered,
+        "gradients": kept * s.gradient,
+        "optimizer": states * (master + s.moments),
+        "activations": activations,
+        "dispatch": dispatch,
+        "logits": logits,
+    }
+    return {name: np.asarray(value / GIB) for name, value in parts.items()}
+
+
+def flight(p: Points) -> Array:
+    """Micro-batches that the first stage keeps, as parts of all its layers (1F1B, interleaved: arXiv:2205.05198)."""
+    most = p.pp * (1.0 + np.where(p.vp > 1, (p.pp - 1) / (p.pp * p.vp), 0.0))
+    return np.asarray(np.minimum(most, np.maximum(p.num_micro_batches, 1.0)))
+
+
+def activation_bytes(spec: ModelSpec, uses: list[Use], p: Points, s: Storage, in_flight: Array) -> tuple[Array, Array]:
+    """Bytes that layers keep, and those of them that are copies of tokens at experts [n] each."""
+    full, tokens = p.again("full"), p.tokens / p.tp
+    stream = np.ones(len(p)) if s.sequence_parallel else p.tp
+    kept, routed, widest = np.zeros(len(p)), np.zeros(len(p)), np.zeros(len(p))
+    for use in uses:
+        parts = use.cost.activations()
+        inner, hidden = parts["inner"], parts["hidden"]
+        inputs = parts["inputs"] * stream
+        own = inputs * (1 - 0.5 * p.again("act"))
+        own = own + inner * (1 - 0.5 * p.again("every_other")) + hidden * (1 - p.again("act"))
+        if not use.is_mixer and not use.experts:
+            own = inputs * 0.5 + (own - inputs * 0.5) * (1 - p.again("mlp"))
+        if use.is_mixer:
+            own = own - p.again("up") * _from_latents(use)
+        sent = (parts["routed"] * p.etp + parts["experts"] * (1 - 0.4 * p.again("act"))) * (1 - p.again("moe"))
+        byte = own * s.activation + (spec.d_model * stream if s.dropout else 0.0)
+        if use.is_mixer and not s.fused_attention:
+            heads = getattr(use.cost.spec, "num_heads", 0)
+            byte = byte + 5.0 * heads * p.seq_len * (1 - p.again("core"))
+        times = use.times / p.pp
+        whole = byte * tokens
+        moved = sent * s.activation * tokens
+        widest = np.maximum(widest, whole + moved)
+        kept = kept + times * whole * (1 - full)
+        routed = routed + times * moved * (1 - full)
+    per_layer = spec.d_model * stream * s.activation * tokens * spec.num_layers / p.pp
+    kept = np.where(full > 0, per_layer, kept)
+    peak = np.where(full > 0, 2 * widest, 0.0)
+    return kept * in_flight + peak, routed * in_flight
+
+
+def _from_latents(use: Use) -> float:
+    return float(
+        sum(product.n for product in use.products if product.k < use.cost.d_model and product.split == "columns")
+    )

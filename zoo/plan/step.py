@@ -1,0 +1,147 @@
+"""The time of a step, from work, facts and constants: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zoo.plan.collectives import Links, exchange_seconds, ring_seconds
+from zoo.plan.engine import Constants, Facts
+from zoo.plan.kernels import BACKWARD_SCORES, attention_seconds, beyond, product_seconds, smooth_max
+from zoo.plan.layout import Array, Points
+from zoo.plan.work import Work
+
+UPDATE_BYTES = 30.0
+"""Read and written for each optimized parameter: gradient, master weight, two moments, the new weight."""
+SCORE_BYTES = 17.0
+"""Moved for each pair of a query and a key where attention is not fused: scores, mask, softmax, dropout."""
+LOGIT_BYTES = 14.0
+"""Moved for each logit by the cross-entropy, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step on the fullest device by part, [n] each; they sum to `total`."""
+
+    parts: dict[str, Array]
+
+    @property
+    def total(self) -> Array:
+        return np.asarray(sum(self.parts.values(), np.zeros(1)))
+
+
+def step_of(
+    work: Work,
+    p: Points,
+    facts: Facts,
+    c: Constants,
+    *,
+    fused: Array | bool = True,
+    grad_bytes: Array | float = 4.0,
+    graphs: Array | float = 0.0,
+) -> Step:
+    """Price work.
+
+    Args:
+        fused: attention keeps its scores on the chip.
+        grad_bytes: of a gradient on a link.
+        graphs: 0: every kernel is launched by the host; 1: layers are captured; 2: whole iterations are.
+    """
+    links = facts.links(c)
+    micro = compute_seconds(work, facts, c, fused, graphs)
+    head = micro.pop("head")
+    moved = micro_traffic(work, p, links, c)
+    stage = {name: value * work.layers for name, value in micro.items()}
+    host = stage.pop("host")
+    device = sum(stage.values(), np.zeros(1))
+    waits = smooth_max(device, host, 2.0) - device + c.micro_s * np.where(p.pp > 1, p.vp, 1.0)
+    adding = c.accumulate * work.held / (0.8 * facts.byte_s)
+    layers = device + waits + adding + sum(moved.values(), np.zeros(1))
+    shard = beyond(shard_seconds(work, p, links), c.dp_window * (layers + head / p.pp))
+    times = work.micro_batches
+    parts = {name: value * times for name, value in (*stage.items(), *moved.items())}
+    parts["host"] = waits * times
+    parts["accumulate"] = adding * times
+    parts["shard"] = shard * times
+    last = head / p.pp + np.where(work.layers > 1.0, 0.0, 0.5) * head * (1.0 - 1.0 / p.pp)
+    parts["head"] = last * times
+    stage_s = layers + shard + last
+    parts["bubble"] = c.bubble * work.bubbles * stage_s
+    parts["dp"] = beyond(dp_seconds(work, p, links, grad_bytes), c.dp_window * stage_s * np.minimum(times, 1.0))
+    parts["optimizer"] = UPDATE_BYTES * work.shard_weights / (0.8 * facts.byte_s)
+    parts["fixed"] = c.step_s * np.ones(len(p))
+    domains = np.maximum(p.num_devices / facts.domain, 1.0)
+    parts["jitter"] = c.jitter * np.log2(domains) * sum(parts.values(), np.zeros(1))
+    return Step(parts)
+
+
+def compute_seconds(
+    work: Work, facts: Facts, c: Constants, fused: Array | bool, graphs: Array | float
+) -> dict[str, Array]:
+    """Seconds of one micro-batch on the mean stage, forward and backward, by part; the head's are of the whole head."""
+    narrow = np.asarray(facts.bits < 16)
+    pace = c.pace * facts.power**c.sustain
+    speed = np.where(facts.bits >= 16, c.dense, np.where(facts.bits == 8, c.dense_fp8, c.dense_fp4)) * pace
+    grouped = work.stack > 1
+    moe = np.any(grouped & (work.times > 0), axis=0)
+    whole = np.asarray(graphs) == 2
+    pace_moe = np.where(moe, c.pace_moe * np.where(whole, c.pace_full, 1.0), 1.0)
+    launch = c.launch_s * np.where(whole, c.launch_full, np.where(np.asarray(graphs) == 1, c.launch_partial, 1.0))
+    factor = np.where(grouped, c.grouped * np.where(narrow, c.grouped_narrow, 1.0), 1.0)
+    flop_s = facts.peak * facts.reach * speed * factor
+    byte_s = 0.8 * facts.byte_s * c.pace
+    each = product_seconds(work.m, work.n, work.k, work.stack, flop_s, byte_s) * work.times * (3.0 + work.again)
+    busiest = np.where(grouped, work.routed_imbalance, 1.0)
+    each = each * busiest
+    scores = work.mix_keys > 0
+    fast = attention_seconds(
+        work.mix_flops, work.mix_keys, work.mix_width, facts.wide, facts.reach_attention * c.attention * pace
+    )
+    slow = work.mix_flops / (facts.wide * c.recurrence * pace)
+    core = np.where(scores, fast * (1.0 + BACKWARD_SCORES + work.mix_again), slow * (3.0 + work.mix_again))
+    unfused = np.where(fused, 0.0, work.scores * SCORE_BYTES * 2 / byte_s)
+    touched = c.touches * 2.0 * (3.0 * work.elements + work.elements_again)
+    cast = np.where(narrow, c.casts * 3.0 * work.cast, 0.0)
+    head = product_seconds(
+        work.head_m, work.head_n, work.head_k, np.ones(1), facts.wide * facts.reach_wide * c.dense * pace, byte_s
+    )
+    logits = LOGIT_BYTES * work.head_m * work.head_n / byte_s
+    return {
+        "experts": np.sum(np.where(grouped, each, 0.0), axis=0) / pace_moe,
+        "matmuls": np.sum(np.where(grouped, 0.0, each), axis=0) / pace_moe,
+        "mixing": np.sum(core, axis=0) + unfused,
+        "memory": (touched + cast) / byte_s / pace_moe,
+        "host": work.kernels * 3.0 * launch / c.pace / pace_moe,
+        "head": (3.0 * head + logits) * work.head_times,
+    }
+
+
+def micro_traffic(work: Work, p: Points, links: Links, c: Constants) -> dict[str, Array]:
+    """Exposed seconds of what one micro-batch sends, by kind."""
+    t, full = work.traffic, p.again("full")
+    experts_again = np.maximum(full, p.again("moe"))
+    one = np.ones(len(p))
+    tp = ring_seconds(2 * t.tp * (2.5 + full), t.tp_calls * (2.5 + full), t.tp_group, one, links)
+    ep = exchange_seconds(
+        2 * t.ep * (2 + experts_again), t.ep_calls * (2 + experts_again), t.ep_group, p.etp, t.top_k, links
+    )
+    ep = ep + ring_seconds(2 * t.etp * (2 + experts_again), t.etp_calls * (2 + experts_again), t.etp_group, one, links)
+    cp = ring_seconds(2 * t.cp * (3 + full), t.cp_calls * (3 + full), t.cp_group, p.tp, links)
+    pp = ring_seconds(4 * t.pp, 2 * t.pp_calls, p.pp, p.tp * p.cp * p.dp, links)
+    return {"tp": c.tp_exposed * tp, "ep": c.ep_exposed * ep, "cp": c.cp_exposed * cp, "pp": c.pp_exposed * pp}
+
+
+def shard_seconds(work: Work, p: Points, links: Links) -> Array:
+    """Seconds in which one micro-batch gathers sharded weights twice and scatters their gradients, hidden or not."""
+    calls = 3.0 * 2 * work.kernels / 20.0
+    return ring_seconds(2 * 3 * work.traffic.shard, calls, work.traffic.shard_group, p.tp, links)
+
+
+def dp_seconds(work: Work, p: Points, links: Links, grad_bytes: Array | float) -> Array:
+    """Seconds in which a step scatters gradients and gathers weights among replicas, hidden or not."""
+    t = work.traffic
+    each = grad_bytes + 2.0
+    stride = p.tp * np.where(p.shard > 1, p.shard, 1.0)
+    dense = ring_seconds(each * t.dp, np.ones(1), t.dp_group, stride, links)
+    return dense + ring_seconds(each * t.dp_experts, np.ones(1), t.edp_group, p.ep * p.etp * p.expert_shard, links)
