@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zoo.registry import register as register
     from zoo.spec.base import ConfigError as ConfigError
     from zoo.spec.twin import shrink as shrink
+    from zoo.upcycling import upcycle as upcycle
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "load": "zoo.config",
     "build": "zoo.api",
     "shrink": "zoo.spec.twin",
+    "upcycle": "zoo.upcycling",
     "spec_from_hf": "zoo.hf",
     "spec_to_hf": "zoo.hf",
     "from_pretrained": "zoo.hf",

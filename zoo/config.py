@@ -21,7 +21,7 @@ _LOCK = RLock()
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of all models that match a shell pattern, sorted: `list_models("qwen3*a3b")`."""
+    """The names of all models that match a shell pattern, sorted: `list_models("*moe*")`."""
     return options_of("model", pattern)
 
 

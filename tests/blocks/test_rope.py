@@ -29,7 +29,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"type": "linear", "factor": 4.0}, 100),
     ({"type": "dynamic", "factor": 4.0, "original_context": ORIGINAL}, 40),
     ({"type": "dynamic", "factor": 4.0, "original_context": ORIGINAL}, 200),
-    ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 512}, 100),
+    ({"type": "bands", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 512}, 100),
     (YARN, 100),
     ({**YARN, "truncate": False, "beta_fast": 16.0, "beta_slow": 2.0}, 100),
     ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}, 100),
@@ -49,6 +49,8 @@ def reference(scaling: dict[str, Any], theta: float, seq_len: int) -> tuple[torc
         "fraction": "partial_rotary_factor",
     }
     parameters = {names.get(key, key): value for key, value in scaling.items()} | {"rope_theta": theta}
+    kind = {"bands": "llama3"}.get(scaling["type"], scaling["type"])
+    parameters["rope_type"] = kind
     context = ORIGINAL if scaling["type"] == "dynamic" else ORIGINAL * 4
     config = LlamaConfig(
         hidden_size=4 * DIM,
@@ -56,7 +58,7 @@ def reference(scaling: dict[str, Any], theta: float, seq_len: int) -> tuple[torc
         max_position_embeddings=context,
         rope_parameters=parameters,
     )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[scaling["type"]](config, "cpu", seq_len=seq_len)
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=seq_len)
     return inv_freq, factor
 
 

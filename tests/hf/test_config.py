@@ -11,7 +11,7 @@ import pytest
 import zoo
 from zoo.hf import spec_from_hf, spec_to_hf
 from zoo.spec import ConfigError, ModelSpec
-from zoo.spec.rope import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
+from zoo.spec.rope import BandsScaling, DynamicScaling, LinearScaling, LongRopeScaling, RopeScaling, YarnScaling
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -64,7 +64,7 @@ SCALINGS: list[tuple[dict[str, Any], RopeScaling]] = [
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
-        Llama3Scaling(factor=8.0, original_context=16),
+        BandsScaling(factor=8.0, original_context=16),
     ),
     (
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
@@ -202,7 +202,7 @@ def test_names_of_slots_and_kinds_do_not_matter() -> None:
     [
         ("model.attention.softcap=30.0", "attention.softcap: 30.0 here, None there"),
         ("+model.residual_scale=0.5", "residual_scale: 0.5 here, 1.0 there"),
-        ("+model.norm_placement=sandwich", "kinds.dense.placement: 'sandwich' here, 'pre' there"),
+        ("+model.norm_placement=post", "kinds.dense.placement: 'post' here, 'pre' there"),
         ("+model.embedding.positions=512", "embedding.positions: 512 here, None there"),
     ],
 )

@@ -436,7 +436,7 @@ def test_blocks_of_multi_token_prediction(twin: str, key: str, name: str, tmp_pa
     projection, proj = stored(tmp_path / "zoo")[name], model.state_dict()["mtp.0.proj.weight"]
     # One family has the embedding's half first, as we have, and the other one last.
     assert torch.equal(projection, proj if twin == "glm4_moe" else torch.cat((proj[:, 32:], proj[:, :32]), 1))
-    back = from_pretrained(tmp_path / "zoo", mtp=True)
+    back = from_pretrained(tmp_path / "zoo", spec=model.spec)
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
     tokens = torch.randint(0, 61, (1, 9))
     assert torch.equal(logits(from_pretrained(tmp_path / "zoo"), tokens), logits(trunk, tokens))

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.hf.test_checkpoint import EXPERTS, SIZES, YARN, logits, same_tensors, stored
 from zoo.hf import from_pretrained, save_pretrained
 from zoo.hf.config import family_of
-
+from zoo.hf.tensors import SINGLE
 
 LENGTH = 40
 """Long against windows and chunks. Sizes then fill vector registers: of a rest, torch rounds sigmoids differently."""
@@ -250,7 +251,7 @@ TWINS = [
     ),
     Twin("lfm2_moe", "lfm2_moe", {**LFM, **EXPERTS, "num_dense_layers": 1, "moe_intermediate_size": 20}),
     Twin("lfm2_moe_unbiased", "lfm2_moe", {**LFM, **EXPERTS, "num_dense_layers": 1, "use_expert_bias": False}),
-    Twin("lfm3", "lfm3", {**LFM, "layer_types": LFM["layer_types"][:-1] + ["sliding_attention"], "sliding_window": 5}),
+    Twin("lfm3", "lfm3", {**LFM, "layer_types": [*LFM["layer_types"][:-1], "sliding_attention"], "sliding_window": 5}),
     Twin("lfm3_plain", "lfm3", {**LFM, "use_sandwich_norm": False, "use_attention_gate": False, "head_dim": 12}),
     Twin(
         "minimax_m3",
@@ -284,8 +285,8 @@ def quiet_transformers() -> None:
 class Wide:
     """Whether transformers' casts to fp32 are casts to fp64 just now.
 
-    Its recurrent mixers compute in fp32 whatever the dtype, and ours in the wider of the two. Two ways to sum up agree in
-    fp64 only if both are in fp64. Norms, softmax and rotations inside and outside of them stay as they are.
+    Its recurrent mixers compute in fp32 whatever the dtype, and ours in the wider of the two. Two ways to sum up agree
+    in fp64 only if both are in it. Norms, softmax and rotations inside and outside of them stay as they are.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,8 +367,65 @@ def test_zoo_to_hugging_face_and_back_is_bit_identical(twin: Twin, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "nemotron_3"])
 def test_layouts_of_the_memory_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = next(twin for twin in TWINS if twin.name == name).build()
+    reference = twin_of(name).build()
     reference.save_pretrained(tmp_path, save_original_format=False)
     assert any(name.endswith("experts.down_proj") for name in stored(tmp_path))
     tokens = torch.randint(0, SIZES["vocab_size"], (1, 9))
+    torch.testing.assert_close(logits(from_pretrained(tmp_path), tokens), logits(reference, tokens))
+
+
+def twin_of(name: str) -> Twin:
+    return next(twin for twin in TWINS if twin.name == name)
+
+
+def test_the_bound_of_steps_is_a_departure_that_a_description_can_switch_on(tmp_path: Path) -> None:
+    """transformers bounds the steps of this family by `time_step_min`; the released definition does not."""
+    twin = twin_of("nemotron_h")
+    reference = Twin("bounded", twin.model_type, {**twin.changes, "time_step_min": 0.3}).build()
+    reference.save_pretrained(tmp_path)
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, LENGTH))
+    expected = logits(reference, tokens)
+    released = from_pretrained(tmp_path)
+    assert (logits(released, tokens) - expected).abs().max() > 1e-2 * expected.std()
+
+    mamba = released.spec.slots["mamba"].replace(dt_min=0.3)
+    bounded = from_pretrained(tmp_path, spec=released.spec.replace(slots={**released.spec.slots, "mamba": mamba}))
+    assert (logits(bounded, tokens) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def as_on_the_hub(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of the text model of MiniMax-M3 in the names of its release."""
+    name = f"language_model.{name}".replace(".indexer.", ".index_")
+    if ".mlp.experts." in name:
+        begin = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")[0]
+        parts = {"w1": 0, "w3": 1} if name.endswith("gate_up_proj") else {"w2": 0}
+        split = tensor.chunk(len(parts), 1)
+        return {
+            f"{begin}.{expert}.{part}.weight": split[index][expert].clone()
+            for part, index in parts.items()
+            for expert in range(len(tensor))
+        }
+    for inside in ("gate.weight", "shared_experts."):
+        name = name.replace(f".mlp.{inside}", f".block_sparse_moe.{inside}")
+    name = name.replace(".mlp.gate.e_score", ".block_sparse_moe.e_score")
+    if "gate_up_proj" in name:
+        gate, up = tensor.chunk(2)
+        return {name.replace("gate_up", "gate"): gate.clone(), name.replace("gate_up", "up"): up.clone()}
+    return {name: tensor}
+
+
+def test_a_model_that_also_sees_is_read_as_its_release_holds_it(tmp_path: Path) -> None:
+    reference = twin_of("minimax_m3").build()
+    reference.save_pretrained(tmp_path)
+    tensors = {
+        "vision_tower.vision_model.embeddings.weight": torch.zeros(2),
+        "patch_merge_mlp.linear_1.bias": torch.ones(2),
+    }
+    for name, tensor in stored(tmp_path).items():
+        tensors |= as_on_the_hub(name, tensor)
+    save_file(tensors, tmp_path / SINGLE)
+    text = json.loads((tmp_path / "config.json").read_text())
+    whole = {"model_type": "minimax_m3_vl", "text_config": text, "vision_config": {"hidden_size": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, LENGTH))
     torch.testing.assert_close(logits(from_pretrained(tmp_path), tokens), logits(reference, tokens))

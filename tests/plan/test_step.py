@@ -104,10 +104,11 @@ def test_recomputing_costs_up_to_a_third_more(sparse: ModelSpec, h100: HardwareS
 
 def test_learned_routers_load_unevenly(sparse: ModelSpec, h100: HardwareSpec) -> None:
     balanced, learned = (
-        price(sparse, h100, points(LAYOUTS), Run(balanced=flag), engine_of("megatron")).seconds for flag in (True, False)
+        price(sparse, h100, points(LAYOUTS), Run(balanced=flag), engine_of("megatron")).seconds
+        for flag in (True, False)
     )
     assert (learned > balanced).all()
-    # measured slow-downs of experts at 1, 8, 64 and 128 devices (throughput_notes.md, section 3.3, between its two skews)
+    # measured slow-downs of experts at 1, 8, 64 and 128 devices, the milder skew of throughput_notes.md, section 3.3
     np.testing.assert_allclose(imbalance(np.array([1.0, 8.0, 64.0, 128.0])), [1.05, 1.33, 2.08, 2.6], rtol=0.08)
 
 

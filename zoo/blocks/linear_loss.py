@@ -44,7 +44,7 @@ def linear_cross_entropy(
     x = x.to(autocast_dtype(x))
     settings = (scale, softcap, max(1, chunk_numbers // len(weight)), torch.is_grad_enabled())
     with without_autocast(x.device):
-        result: Tensor = _LinearCrossEntropy.apply(x, weight, targets, bias, *settings)  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearCrossEntropy.apply(x, weight, targets, bias, *settings)
     return result
 
 
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad, bias_grad = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from zoo.blocks.base import Context
 from zoo.spec.rope import (
+    BandsScaling,
     DynamicScaling,
     LinearScaling,
-    Llama3Scaling,
     LongRopeScaling,
     NtkAlphaScaling,
     ProportionalScaling,
@@ -145,7 +145,7 @@ def _ntk_alpha(scaling: NtkAlphaScaling, theta: float, dim: int, seq_len: int) -
     return 1.0 / _powers(theta * scaling.alpha ** (dim / (dim - 2)), dim), 1.0
 
 
-def _llama3(scaling: Llama3Scaling, theta: float, dim: int, seq_len: int) -> Frequencies:
+def _bands(scaling: BandsScaling, theta: float, dim: int, seq_len: int) -> Frequencies:
     inv_freq = 1.0 / _powers(theta, dim)
     turns = scaling.original_context / (2 * math.pi / inv_freq)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -203,7 +203,7 @@ _RULES: dict[type[RopeScaling], Callable[[Any, float, int, int], Frequencies]] =
     LinearScaling: _linear,
     DynamicScaling: _dynamic,
     NtkAlphaScaling: _ntk_alpha,
-    Llama3Scaling: _llama3,
+    BandsScaling: _bands,
     YarnScaling: _yarn,
     LongRopeScaling: _longrope,
     ProportionalScaling: _proportional,

@@ -69,7 +69,9 @@ def run(arguments: Sequence[str]) -> None:
     torch, convert = importlib.import_module("torch"), importlib.import_module("zoo.hf.convert").convert
     dtype = None if settings.dtype is None else getattr(torch, DTYPES[settings.dtype])
     done = convert(given.source, given.dest, to=settings.to, dtype=dtype, overwrite=settings.overwrite, change=change)
-    write(table(("", ""), _summary(done), fold=("",)))
+    summary = table(("", "what"), _summary(done), fold=("what",))
+    summary.show_header = False
+    write(summary)
 
 
 def _upcycling(words: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from zoo.spec.pattern import PatternError, expand
 
 EXAMPLES = """\
   zoo list                 all models
-  zoo list 'qwen3*a3b'     models whose name matches; a word without * matches anywhere
+  zoo list '*_a3b'         models whose name matches; a word without * matches anywhere
   zoo list hardware h100   machines"""
 KINDS = {"models": list_models, "hardware": list_hardware}
 

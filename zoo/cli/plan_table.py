@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.cli.console import table, write
 from zoo.cli.plan import planned
-from zoo.cli.settings import Keys, OutputKeys, Settings
+from zoo.cli.settings import ZooPlan, OutputKeys, Settings
 from zoo.spec.base import ConfigError
 
 COLUMNS = (
@@ -48,7 +48,7 @@ def run_table(asked: Sequence[Settings], words: Sequence[str]) -> None:
 def _row(settings: Settings, swept: Sequence[str]) -> dict[str, Any]:
     """The facts of one plan; of one that cannot be made, the reason."""
     given = {word.partition("=")[0]: word for word in settings.overrides}
-    given |= {key: f"{key}={value}" for key, value in settings.given(Keys).items()}
+    given |= {key: f"{key}={value}" for key, value in settings.given(ZooPlan).items()}
     changes = " ".join(given[key] for key in swept if key in given)
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"model": settings.model, "hardware": settings.hardware, "settings": changes}

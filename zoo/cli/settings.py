@@ -81,14 +81,14 @@ class OutputKeys(Spec):
     inference: bool = False
 
 
-class Keys(PlanKeys, BudgetKeys, InferenceKeys, OutputKeys):
+class ZooPlan(PlanKeys, BudgetKeys, InferenceKeys, OutputKeys):
     """All keys of `zoo plan`."""
 
 
 TEXTS = ("recompute", "report", "png", "out")
 GROUPS = ("model", "hardware")
 DERIVED = ("model_scale", "match")
-"""Keys of the configuration that change the model as a whole."""
+"""ZooPlan of the configuration that change the model as a whole."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Settings:
     model: str
     hardware: str
     overrides: tuple[str, ...]
-    keys: Keys
+    keys: ZooPlan
 
     def given(self, kind: type[Spec]) -> dict[str, Any]:
         """The keys of one kind that were given."""
@@ -138,7 +138,7 @@ def read_settings(words: Sequence[str]) -> Settings:
             own.append(word.removeprefix("parallel."))
     if "model" not in named:
         raise ConfigError("zoo plan: found no model; name one, and a machine: zoo plan qwen3_8b h100_8x")
-    keys = read_keys(Keys, own, TEXTS)
+    keys = read_keys(ZooPlan, own, TEXTS)
     return Settings(named["model"], named.get("hardware", "auto"), tuple(overrides), keys)
 
 

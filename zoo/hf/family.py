@@ -57,7 +57,8 @@ class Family:
     nested: tuple[str, ...] = ()
     """Keys that hold objects; tables call their keys `object.key`."""
     layouts: tuple[Mapping[str, str], ...] = ()
-    """How names begin in the tables, and how in checkpoints of another layout, which are told by that."""
+    """How names begin in the tables, and how in checkpoints of another layout, which are told by that. With a dot
+    before it, what stands inside of names."""
     zeros: tuple[str, ...] = ()
     """Patterns of stored buffers that a checkpoint may lack: then they are zero."""
     aliases: tuple[str, ...] = ()
@@ -164,8 +165,8 @@ class Family:
         Args:
             held: the names of its tensors, by which its layout is told; without them it is that of the hub.
         """
-        begins = {name.split(".")[0] + "." for name in held} | {".".join(name.split(".")[:2]) + "." for name in held}
-        rename = next((layout for layout in self.layouts if begins & set(layout.values())), {})
+        held = tuple(held)
+        rename = next((layout for layout in self.layouts if _told(layout, held)), {})
         rows = {name: self._rows(spec, spec.kinds[name]) for name in {*spec.layer_kinds, *_mtp_kinds(spec)}}
         homes = {"": Home(rename=rename)}
         homes |= {f"layers.{n}.": Home(str(n), rows[kind], rename) for n, kind in enumerate(spec.layer_kinds)}
@@ -184,6 +185,13 @@ class Family:
     def left_out(self, spec: ModelSpec) -> list[str]:
         """Patterns of stored tensors that are no weights of the model."""
         return [*self.ignored_weights, *(self.mtp.left_out(spec) if self.mtp else ())]
+
+
+def _told(layout: Mapping[str, str], held: Iterable[str]) -> bool:
+    """Whether names are of a layout: one begins, or has inside, what names of the tables do not."""
+    begins = tuple(there for here, there in layout.items() if not here.startswith("."))
+    inside = [there for here, there in layout.items() if here.startswith(".")]
+    return any(name.startswith(begins) or any(part in name for part in inside) for name in held)
 
 
 def _overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from zoo.hf.rows import Tree
 from zoo.spec.base import ConfigError
 
 _ORIGINAL = {"original_max_position_embeddings": "original_context"}
-# For each rope type the config keys and the fields of the scaling of the same name.
+_OURS = {"llama3": "bands"}
+"""Rope types whose scaling has another name here."""
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+# For each rope type the config keys and the fields of its scaling.
 SCALINGS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
@@ -207,15 +210,16 @@ def _read_rope(parameters: dict[str, Any], keys: Keys, fraction: bool) -> dict[s
 
 def _write_scaling(scaling: Any, model: Tree, config: dict[str, Any]) -> dict[str, Any] | None:
     """The scaling in the hub's words; a length that it needs beside it goes to the config."""
-    if scaling is None or scaling["type"] not in SCALINGS:
+    kind = scaling and _THEIRS.get(scaling["type"], scaling["type"])
+    if scaling is None or kind not in SCALINGS:
         return None
-    fields = SCALINGS[scaling["type"]]
+    fields = SCALINGS[kind]
     written = {key: scaling[name] for key, name in fields.items() if scaling[name] is not None}
     if scaling["type"] == "dynamic":
         config["max_position_embeddings"] = scaling["original_context"]
-    elif scaling["type"] in _STRETCHED and model.get("card.context") is None:
+    elif kind in _STRETCHED and model.get("card.context") is None:
         config["max_position_embeddings"] = round(scaling["original_context"] * scaling["factor"])
-    return {"rope_type": scaling["type"], **written}
+    return {"rope_type": kind, **written}
 
 
 def _merged(keys: Keys) -> dict[str, Any]:
@@ -248,4 +252,4 @@ def _read_scaling(kind: str, parameters: dict[str, Any], keys: Keys) -> dict[str
         found.setdefault("original_context", context)
         if "factor" not in found and isinstance(context, int) and isinstance(found["original_context"], int):
             found["factor"] = context / max(found["original_context"], 1)
-    return {"type": kind, **found}
+    return {"type": _OURS.get(kind, kind), **found}

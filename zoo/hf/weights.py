@@ -327,11 +327,14 @@ class Home:
     rows: Rows = ()
     """Statements that hold in this layer alone, before those that hold in all."""
     rename: Mapping[str, str] = field(default_factory=dict)
-    """How stored names begin in the table, and how they begin here."""
+    """How stored names begin in the table, and how they begin here; with a dot before it, what stands inside."""
 
     def renamed(self, name: str) -> str:
         begins = next((begins for begins in self.rename if name.startswith(begins)), "")
-        return self.rename.get(begins, "") + name.removeprefix(begins)
+        name = self.rename.get(begins, "") + name.removeprefix(begins)
+        for inside in (part for part in self.rename if part.startswith(".")):
+            name = name.replace(inside, self.rename[inside])
+        return name
 
 
 _HOME = re.compile(r"(?:mtp\.\d+\.)?layers\.(?P<layer>\d+)\.|mtp\.(?P<block>\d+)\.")

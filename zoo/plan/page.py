@@ -92,13 +92,13 @@ def _about(plan: Plan) -> str:
 
 def _facts(best: Estimate) -> str:
     limit = best.memory_limit_gib
-    full = f" of {limit:g} GiB" + (", tight" if best.total_memory_gib > TIGHT * limit else "") if limit else " GiB"
+    tight = ", tight" if limit and best.total_memory_gib > TIGHT * limit else ""
     facts = {
         "a step": seconds(best.step_time_s),
         "tokens/s a device": f"{best.tokens_per_s_per_device:,.0f}",
         "tokens/s in all": count(best.tokens_per_s),
         "MFU": f"{best.mfu:.1%}",
-        f"{full.strip()} used": f"{best.total_memory_gib:.4g}",
+        f"GiB{f' of {limit:g}' if limit else ''} a device{tight}": f"{best.total_memory_gib:.4g}",
     }
     shown = [f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for what, value in facts.items()]
     return f'<div class="facts">{"".join(shown)}</div>'

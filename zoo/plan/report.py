@@ -126,7 +126,7 @@ def _time(plan: Plan) -> Table:
     mine = grouped(plan.best.time_s)
     theirs: Mapping[str, float] = grouped(plan.runner_up.time_s) if plan.runner_up else {}
     total = plan.step_time_s
-    rows = []
+    rows: list[Sequence[str | Text]] = []
     for name, value in sorted(mine.items(), key=lambda part: -part[1]):
         other = theirs.get(name, 0.0)
         if max(value, other) < 1e-3 * total:

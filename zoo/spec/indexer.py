@@ -10,7 +10,7 @@ from zoo.spec.base import Spec, problem
 
 
 class IndexerSpec(Spec):
-    """Chooses single keys (DeepSeek sparse attention, arXiv:2512.02556, section 2.1).
+    """Chooses single keys (arXiv:2512.02556, section 2.1).
 
     No gradient passes through a choice, so training a model leaves the weights of its indexers as they are.
     """

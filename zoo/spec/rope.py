@@ -48,10 +48,10 @@ class NtkAlphaScaling(RopeScaling):
 
 
 @register_spec
-class Llama3Scaling(RopeScaling):
+class BandsScaling(RopeScaling):
     """Wavelength bands: short waves kept, long ones divided by `factor`, a blend between."""
 
-    type: Literal["llama3"] = "llama3"
+    type: Literal["bands"] = "bands"
     factor: PositiveFloat
     low_freq_factor: PositiveFloat = 1.0
     high_freq_factor: PositiveFloat = 4.0

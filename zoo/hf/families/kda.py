@@ -39,6 +39,16 @@ _KINDS = {
 }
 
 
+_FORGET_GATE = {
+    ".f_proj.": ".forget_gate.f_proj.",
+    ".f_a_proj.": ".forget_gate.f_a_proj.",
+    ".f_b_proj.": ".forget_gate.f_b_proj.",
+    ".A_log": ".forget_gate.A_log",
+    ".dt_bias": ".forget_gate.dt_bias",
+}
+"""Names inside of others: on the hub, and in the memory of transformers."""
+
+
 def kda_weights(spec: DeltaSpec, theirs: str, names: dict[str, str], rates: tuple[int, ...]) -> Iterator[WeightRow]:
     """Kimi delta attention.
 
@@ -160,6 +170,7 @@ KIMI_LINEAR = Family(
         Same("layers.{n}.ffn.router.correction_bias", (f"{_SPARSE}.gate.e_score_correction_bias",)),
     ),
     nested=("linear_attn_config",),
+    layouts=({**_FORGET_GATE, ".block_sparse_moe.": ".mlp."},),
     defaults={
         "attention_bias": False,
         "first_k_dense_replace": 1,
@@ -244,6 +255,15 @@ BAILING_HYBRID = Family(
         *moe_weights(),
         *shared_expert_weights(),
         correction_bias("gate.expert_bias", "gate.e_score_correction_bias"),
+    ),
+    layouts=(
+        {
+            **_FORGET_GATE,
+            ".attention.dense.": ".self_attn.o_proj.",
+            ".attention.": ".self_attn.",
+            ".word_embeddings.": ".embed_tokens.",
+            ".expert_bias": ".e_score_correction_bias",
+        },
     ),
     tied_head=("lm_head.weight", "model.word_embeddings.weight"),
     ignored_weights=(r".*rotary_emb\.inv_freq", r"model\.layers\.42\..*"),  # a block of multi-token prediction
