@@ -198,6 +198,6 @@ class UpcycledParameters(Mapping[str, Tensor]):
 
     def _router(self, block: str, num_experts: int, d_model: int) -> Tensor:
         """A random row [d] for each copy, the same for all its parts."""
-        generator = torch.Generator().manual_seed(self._seed * 2**32 + zlib.crc32(block.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {block}".encode()))
         rows = torch.randn(num_experts // self._granularity, d_model, generator=generator) * self._std
         return rows.repeat_interleave(self._granularity, 0)

@@ -170,7 +170,10 @@ def test_the_head_is_what_the_package_reads(small: tuple[Path, nn.Module]) -> No
         ({"rope.dimension_count": 4}, r"llama.rope.dimension_count: found 4; understood: 8 \(head_dim\)"),
         ({"attention.head_count": [4, 4]}, r"attention.head_count: found \[4, 4\]; must be one positive number"),
         ({"block_count": 2}, r"do not fit:\n  blk.1.attn_norm.weight: missing \(layers.1.mixer_norm.weight\)"),
-        ({"feed_forward_length": 40}, r"blk.0.ffn_gate.weight: found shape \[48, 32\], its metadata asks for \[40, 32\]"),
+        (
+            {"feed_forward_length": 40},
+            r"blk.0.ffn_gate.weight: found shape \[48, 32\], its metadata asks for \[40, 32\]",
+        ),
         ({".split.count": 3}, r"is one of 3 parts; join them"),
     ],
 )

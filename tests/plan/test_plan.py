@@ -29,7 +29,8 @@ before = sorted({"numpy", "torch", "hydra"} & set(sys.modules))
 from zoo.plan.layout import Layout
 first = zoo.plan.params.__name__, callable(zoo.plan)
 plan = zoo.plan("qwen3_0_6b", "h100_8x")
-print(json.dumps([before, first, zoo.plan is sys.modules["zoo.plan"], zoo.plan.params.__name__, "torch" in sys.modules]))
+same = zoo.plan is sys.modules["zoo.plan"]
+print(json.dumps([before, first, same, zoo.plan.params.__name__, "torch" in sys.modules]))
 """
 
 

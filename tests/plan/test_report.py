@@ -57,7 +57,7 @@ def test_announced_machines_are_marked() -> None:
 
 def test_tables_beside_it(made: Plan, effects: Sensitivity) -> None:
     run = budget(made, tokens=1e12, price_per_device_hour=2.0)
-    text = as_text([*sensitivity_report(effects), *budget_report(run)])
+    text = " ".join(as_text([*sensitivity_report(effects), *budget_report(run)]).split())
     for effect in effects.effects:
         assert effect.resource in text
     assert f"{run.days:.3g} days" in text

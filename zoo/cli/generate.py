@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> None:
     dtype = None if settings.dtype is None else getattr(torch, DTYPES[settings.dtype])
     load = importlib.import_module("zoo.hf.checkpoint").from_pretrained
     model: Decoder = load(source, dtype, _device(torch, settings.device))
-    ends = {*text.ends, *(token for token in map(text.token, settings.stop) if token is not None)}
+    ends = {*text.ends, *(token for token in map(text.special, settings.stop) if token is not None)}
     writers = [_Row(text, settings.stop, ends) for _ in rows]
     steps = _steps(torch, model, rows, ends, settings)
     if len(rows) == 1:
@@ -171,7 +171,7 @@ class _Row:
 
     def __init__(self, text: Text, stops: Sequence[str], ends: set[int]) -> None:
         self._text, self._ends = text, ends
-        self._stops = [stop for stop in stops if stop and text.token(stop) is None]
+        self._stops = [stop for stop in stops if stop and text.special(stop) is None]
         self._ids: list[int] = []
         self._shown = 0
         self.ended = False
@@ -200,7 +200,7 @@ class _Row:
 
     def _new(self, whole: str, end: int) -> str:
         start, self._shown = self._shown, max(self._shown, end)
-        return whole[start:end]
+        return whole[start : self._shown]
 
 
 def _write_live(prompt: str, steps: Iterable[Tensor], row: _Row) -> None:

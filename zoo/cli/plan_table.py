@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.cli.console import table, write
 from zoo.cli.plan import planned
-from zoo.cli.settings import ZooPlan, OutputKeys, Settings
+from zoo.cli.settings import OutputKeys, Settings, ZooPlan
 from zoo.spec.base import ConfigError
 
 COLUMNS = (

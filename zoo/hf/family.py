@@ -57,8 +57,8 @@ class Family:
     nested: tuple[str, ...] = ()
     """Keys that hold objects; tables call their keys `object.key`."""
     layouts: tuple[Mapping[str, str], ...] = ()
-    """How names begin in the tables, and how in checkpoints of another layout, which are told by that. With a dot
-    before it, what stands inside of names."""
+    """How names begin in the tables, and how in checkpoints of another layout, which are told by the first entry. With
+    a dot before it, what stands inside of names."""
     zeros: tuple[str, ...] = ()
     """Patterns of stored buffers that a checkpoint may lack: then they are zero."""
     aliases: tuple[str, ...] = ()
@@ -188,10 +188,9 @@ class Family:
 
 
 def _told(layout: Mapping[str, str], held: Iterable[str]) -> bool:
-    """Whether names are of a layout: one begins, or has inside, what names of the tables do not."""
-    begins = tuple(there for here, there in layout.items() if not here.startswith("."))
-    inside = [there for here, there in layout.items() if here.startswith(".")]
-    return any(name.startswith(begins) or any(part in name for part in inside) for name in held)
+    """Whether names are of a layout; its first entry tells."""
+    here, there = next(iter(layout.items()))
+    return any(there in name if here.startswith(".") else name.startswith(there) for name in held)
 
 
 def _overlaid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

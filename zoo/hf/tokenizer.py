@@ -44,8 +44,8 @@ class Text(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def token(self, text: str) -> int | None:
-        """The id of a token of the vocabulary, by how it is written."""
+    def special(self, text: str) -> int | None:
+        """The id of a special token, by how it is written; None: there is no such one."""
 
 
 class _Settings(Spec):
@@ -155,7 +155,7 @@ class _OfRun:
         known = self._tokenizer.vocab_size
         return self._tokenizer.decode([token for token in ids if token < known and token not in self.ends])
 
-    def token(self, text: str) -> int | None:
+    def special(self, text: str) -> int | None:
         return None
 
 
@@ -179,6 +179,6 @@ class _OfLibrary:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def token(self, text: str) -> int | None:
-        found: int | None = self._tokenizer.token_to_id(text)
-        return found
+    def special(self, text: str) -> int | None:
+        added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
+        return next((token for token, said in added.items() if said.special and said.content == text), None)

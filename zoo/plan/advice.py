@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from zoo.plan import engine
+from zoo.plan.layout import Layout
 from zoo.plan.machines import machines
-from zoo.plan.question import Question, divisors
+from zoo.plan.question import DEGREES, Question, divisors
 from zoo.plan.search import Found, bounds_of, families
 
 MOST_DEVICES = 1 << 17
@@ -21,12 +22,12 @@ def nowhere(q: Question, tried: Sequence[Found]) -> str:
     if not any(len(found) for found in tried):
         return _no_layout(q)
     found = min((one for one in tried if len(one)), key=lambda one: float(np.min(one.memory_gib)))
-    least, precision = least_gib(q, found.precision)
-    row = int(np.argmin(found.memory_gib))
+    precision = found.precision
+    least, layout = smallest(q, precision)
     room = q.room_gib
     text = (
         f"hardware: {q.spec.name} fits in no layout of {_machine(q)}: the smallest of {found.num_legal:,} "
-        f"({found.layout(row)}) needs {least:.4g} GiB a device of {room:.4g}, {least - room:.3g} too much"
+        f"({layout}) needs {least:.4g} GiB a device of {room:.4g}, {least - room:.3g} too much"
     )
     advice = list(_enough(q, precision))
     return f"{text}; {'; '.join(advice)}" if advice else f"{text}; no larger machine that zoo knows would do"
@@ -64,12 +65,19 @@ def _multiples(batch: int, n: int) -> Iterator[int]:
     yield from (size for size in (below, below + n, n) if size > 0)
 
 
-def least_gib(q: Question, precision: str) -> tuple[float, str]:
-    """The memory of a device in the smallest layout of all; endless where none is legal."""
+def smallest(q: Question, precision: str) -> tuple[float, Layout | None]:
+    """The least memory of a device in any layout, and that layout; endless where none is legal."""
     plain = families(q)
     if not len(plain["tp"]):
-        return np.inf, precision
-    return float(np.min(bounds_of(q, precision, plain).least_memory_gib)), precision
+        return np.inf, None
+    least = bounds_of(q, precision, plain).least_memory_gib
+    row = int(np.argmin(least))
+    return float(least[row]), Layout(**{name: int(plain[name][row]) for name in DEGREES})
+
+
+def least_gib(q: Question, precision: str) -> float:
+    """The least memory of a device in any layout."""
+    return smallest(q, precision)[0]
 
 
 def _enough(q: Question, precision: str) -> Iterator[str]:
@@ -93,7 +101,7 @@ def _more_devices(q: Question, precision: str) -> int | None:
     while n <= MOST_DEVICES:
         machine = q.machine.replace(num_devices=n)
         batch = max(q.global_batch, n) // n * n
-        if least_gib(replace(q, machine=machine, global_batch=batch), precision)[0] <= q.room_gib:
+        if least_gib(replace(q, machine=machine, global_batch=batch), precision) <= q.room_gib:
             return n
         n *= 2
     return None
@@ -108,7 +116,7 @@ def _larger_machines(q: Question, precision: str) -> list[str]:
             continue
         known = replace(q, machine=machine.replace(num_devices=q.machine.num_devices), engine=None)
         named = f"{machine.name} ({mine.memory_gib:g} GiB)"
-        if mine.tflops.bf16 and least_gib(known, _able(machine, precision))[0] <= known.room_gib:
+        if mine.tflops.bf16 and least_gib(known, _able(machine, precision)) <= known.room_gib:
             found.append(named)
         if len(found) == MOST_MACHINES:
             break
@@ -124,7 +132,7 @@ def _able(machine: object, precision: str) -> str:
 def _shorter(q: Question, precision: str) -> str | None:
     length = q.seq_len // 2
     while length >= 128:
-        if least_gib(replace(q, seq_len=length), precision)[0] <= q.room_gib:
+        if least_gib(replace(q, seq_len=length), precision) <= q.room_gib:
             return f"seq_len={length} would fit"
         length //= 2
     return None
@@ -132,6 +140,6 @@ def _shorter(q: Question, precision: str) -> str | None:
 
 def _leaner(q: Question, precision: str) -> str | None:
     for optimizer in ("muon", "sgd"):
-        if optimizer != q.optimizer and least_gib(replace(q, optimizer=optimizer), precision)[0] <= q.room_gib:
+        if optimizer != q.optimizer and least_gib(replace(q, optimizer=optimizer), precision) <= q.room_gib:
             return f"optimizer={optimizer} would fit"
     return None

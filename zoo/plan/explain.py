@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from zoo.plan.estimate import Estimate
+from zoo.plan.estimate import Estimate, estimate
 from zoo.plan.layout import Layout
+from zoo.plan.question import Question
 from zoo.plan.search import Found, Table, priced
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -98,18 +99,19 @@ class Limit:
     """What runs out then."""
 
 
-def limits(found: Found, row: int, estimate: Estimate) -> list[Limit]:
+def limits(found: Found, row: int, chosen: Estimate) -> list[Limit]:
     """What runs out first, when something grows: the nearest limit comes first."""
     q, table = found.question, {name: column[row : row + 1] for name, column in found.table.items()}
     grown: list[Limit] = []
-    if estimate.memory_limit_gib:
-        largest = max(estimate.memory_gib, key=lambda name: estimate.memory_gib[name])
-        used = f"memory, of which {largest} {_take(largest)} most"
+    if chosen.memory_limit_gib:
         for what in ("seq_len", "micro_batch"):
-            grown.append(Limit(_words(what, estimate), _room_for(found, table, what), used))
-    replicas = q.global_batch / (estimate.micro_batch * estimate.layout.dp)
-    ends = "sequences of the batch: every replica would have a single micro-batch"
-    grown.append(Limit(f"replicas, {estimate.layout.dp}", float(replicas), ends))
+            factor = _room_for(found, table, what)
+            largest = _largest(found, row, what, int(2 * factor))
+            ends = f"memory runs out, of which {largest} {_take(largest)} most"
+            grown.append(Limit(_words(what, chosen), factor, ends))
+    replicas = q.global_batch / (chosen.micro_batch * chosen.layout.dp)
+    ends = "every replica has a single micro-batch of the global batch"
+    grown.append(Limit(f"{chosen.layout.dp:,} replicas", float(replicas), ends))
     return sorted(grown, key=lambda limit: limit.factor)
 
 
@@ -117,31 +119,51 @@ def _take(name: str) -> str:
     return "take" if name.endswith("s") else "takes"
 
 
-def _words(what: str, estimate: Estimate) -> str:
-    return f"{'sequences of' if what == 'seq_len' else 'micro-batches of'} {getattr(estimate, what):,}"
+def _words(what: str, chosen: Estimate) -> str:
+    unit = "tokens" if what == "seq_len" else "sequences"
+    return f"{'sequences' if what == 'seq_len' else 'micro-batches'} of {getattr(chosen, what):,} {unit}"
+
+
+def _grown(q: Question, what: str, factor: int) -> Question:
+    """The question with longer sequences, or with as many more sequences as larger micro-batches take."""
+    name = "seq_len" if what == "seq_len" else "global_batch"
+    return replace(q, **{name: getattr(q, name) * factor})
 
 
 def _room_for(found: Found, table: Table, what: str) -> float:
     """The largest power of two by which a number can grow before memory runs out."""
-    factors = [2**power for power in range(MOST_GROWTH.bit_length())]
-    for factor in factors[1:]:
-        q, row = found.question, dict(table)
-        if what == "seq_len":
-            q = replace(q, seq_len=q.seq_len * factor)
-        else:
-            row["micro_batch"] = row["micro_batch"] * factor
-            q = replace(q, global_batch=q.global_batch * factor)
-        if not priced(q, found.precision, row)[2][0]:
-            return float(factor // 2)
+    for power in range(1, MOST_GROWTH.bit_length()):
+        row = dict(table)
+        if what == "micro_batch":
+            row["micro_batch"] = row["micro_batch"] * 2**power
+        if not priced(_grown(found.question, what, 2**power), found.precision, row)[2][0]:
+            return 2.0 ** (power - 1)
     return float(MOST_GROWTH)
+
+
+def _largest(found: Found, row: int, what: str, factor: int) -> str:
+    """The component that takes most of the memory once a number has grown."""
+    q = _grown(found.question, what, factor)
+    again, micro = found.recompute(row), found.micro_batch(row) * (factor if what == "micro_batch" else 1)
+    grown = estimate(
+        q.spec,
+        q.machine,
+        layout=found.layout(row),
+        micro_batch=micro,
+        recompute=again,
+        precision=found.precision,
+        **q.estimate_options(),
+    )
+    return max(grown.memory_gib, key=lambda name: grown.memory_gib[name])
 
 
 def in_words(limits: Iterable[Limit]) -> list[str]:
     """One sentence for each."""
     lines = []
     for limit in limits:
-        growth = "at once" if limit.factor < 2 else f"after growing {limit.factor:.4g} times"
-        lines.append(f"{limit.what}: {growth} it runs out of {limit.ends}")
+        most = "at least " if limit.factor >= MOST_GROWTH else ""
+        growth = "no room to double" if limit.factor < 2 else f"room for {most}{limit.factor:.4g} times as much"
+        lines.append(f"{limit.what}: {growth}; then {limit.ends}")
     return lines
 
 

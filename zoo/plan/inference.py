@@ -105,7 +105,7 @@ def inference(
             raise ConfigError(
                 f"{name}: found {value!r}; {near(value, WEIGHT_BYTES) or 'allowed: ' + ', '.join(WEIGHT_BYTES)}"
             )
-    length = context or default_seq_len(spec)
+    length = default_seq_len(spec) if context is None else context
     for name, size in (("context", length), ("batch", batch)):
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name}: found {size!r}; must be a positive integer")

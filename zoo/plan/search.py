@@ -200,7 +200,8 @@ def _by_engine(q: Question, table: Table) -> Iterator[tuple[Engine, Ints]]:
 
 def interleavings(layers: int, stages: int) -> list[int]:
     """Pieces of a stage that are worth telling apart: those that make the largest piece smaller."""
-    most = layers // stages if stages > 1 else 1
+    # Embedding and head may stand for a layer each; which counts are legal is for `legal` to say.
+    most = (layers + 2) // stages if stages > 1 else 1
     sizes = {-(-layers // (stages * vp)): vp for vp in range(max(most, 1), 0, -1)}
     return sorted(sizes.values())
 

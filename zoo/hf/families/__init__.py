@@ -16,9 +16,10 @@ from zoo.hf.families.gpt_oss import GPT_OSS
 from zoo.hf.families.granite import GRANITEMOE
 from zoo.hf.families.granite_hybrid import GRANITE_HYBRID
 from zoo.hf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
-from zoo.hf.families.hybrid import JAMBA, LFM2_MOE, LFM3, OLMO_HYBRID
+from zoo.hf.families.jamba import JAMBA
 from zoo.hf.families.kda import BAILING_HYBRID, KIMI_LINEAR
 from zoo.hf.families.laguna import LAGUNA, MELLUM
+from zoo.hf.families.lfm import LFM2_MOE, LFM3
 from zoo.hf.families.llama import LLAMA
 from zoo.hf.families.llama4 import LLAMA4_TEXT
 from zoo.hf.families.mimo import MIMO_V2_FLASH
@@ -28,6 +29,7 @@ from zoo.hf.families.mistral import MINISTRAL3, MISTRAL
 from zoo.hf.families.mixtral import MIXTRAL
 from zoo.hf.families.nemotron import NEMOTRON_H
 from zoo.hf.families.olmo2 import OLMO2, OLMO3
+from zoo.hf.families.olmo_hybrid import OLMO_HYBRID
 from zoo.hf.families.olmoe import OLMOE
 from zoo.hf.families.phi3 import PHI3, PHIMOE
 from zoo.hf.families.qwen2 import QWEN2, QWEN2_MOE

@@ -40,10 +40,10 @@ _KINDS = {
 
 
 _FORGET_GATE = {
+    ".A_log": ".forget_gate.A_log",
     ".f_proj.": ".forget_gate.f_proj.",
     ".f_a_proj.": ".forget_gate.f_a_proj.",
     ".f_b_proj.": ".forget_gate.f_b_proj.",
-    ".A_log": ".forget_gate.A_log",
     ".dt_bias": ".forget_gate.dt_bias",
 }
 """Names inside of others: on the hub, and in the memory of transformers."""

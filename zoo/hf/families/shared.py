@@ -117,3 +117,14 @@ def block_sparse_moe_weights(router: str = "gate") -> Iterator[WeightRow]:
         "layers.{n}.ffn.experts.gate_up", (f"{each}.w1.weight", f"{each}.w3.weight"), f"{stacked}.experts.gate_up_proj"
     )
     yield Experts("layers.{n}.ffn.experts.down", (f"{each}.w2.weight",), f"{stacked}.experts.down_proj")
+
+
+def feed_forward_weights(parts: Mapping[str, str], router: str) -> Iterator[WeightRow]:
+    """MLP and experts under one name, by the names of their matrices."""
+    ffn = f"{LAYER}.feed_forward"
+    for ours, theirs in parts.items():
+        yield Same(f"layers.{{n}}.ffn.{ours}.weight", (f"{ffn}.{theirs}.weight",))
+    gate, up, down = (f"{ffn}.experts.{{e}}.{parts[part]}.weight" for part in ("gate", "up", "down"))
+    yield Experts("layers.{n}.ffn.experts.gate_up", (gate, up), f"{ffn}.experts.gate_up_proj")
+    yield Experts("layers.{n}.ffn.experts.down", (down,), f"{ffn}.experts.down_proj")
+    yield Same("layers.{n}.ffn.router.weight", (f"{ffn}.{router}.weight",))
