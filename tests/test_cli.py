@@ -71,7 +71,7 @@ def test_list_reads_what_composition_says(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_list_takes_patterns_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [line.split()[0] for line in printed(capsys, "list", "tiny").splitlines()[1:]]
+    names = [line.split()[0] for line in printed(capsys, "list", "tiny_*").splitlines()[1:]]
     assert names == ["tiny_dense", "tiny_moe"]
     machines = printed(capsys, "list", "hardware").splitlines()[1:]
     assert [line.split()[0] for line in machines] == zoo.list_hardware()

@@ -113,6 +113,8 @@ def test_to_zoo_and_back(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ids = torch.randint(0, SIZES["vocab_size"], (2, 11))
     expected = logits(zoo.from_pretrained(source), ids)
     assert torch.equal(logits(zoo.from_pretrained(tmp_path / "own"), ids), expected)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [3, 4])
 
 
 def test_another_dtype_casts_parameters_and_no_buffer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +158,10 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path, capsys: pytest.C
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file({**stored(source), **extra}, source / SINGLE)
     text = converted(capsys, source, tmp_path / "new")
-    assert "1 tensors that are no weights or repeat others: model.layers.0.self_attn.rotary_emb.inv_freq" in text
+    assert (
+        "1 of the source's tensors, no weights or copies of others: model.layers.0.self_attn.rotary_emb.inv_freq"
+        in text
+    )
 
 
 def test_one_tensor_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_mistakes_are_named(
 ) -> None:
     prompt = "prompt=a"
     assert refused(capsys, hub) == 'prompt: missing; give it a value: prompt="Once upon a time"'
-    assert "did you mean temperature?" in refused(capsys, hub, prompt, "temprature=1")
+    assert "did you mean temperature?" in refused(capsys, hub, prompt, "temper=1")
     assert refused(capsys, hub, prompt, "temperature=-1").startswith("temperature: found -1; input should be greater")
     assert refused(capsys, hub, prompt, "max_new_tokens") == "max_new_tokens: has no value; write max_new_tokens=VALUE"
     assert "found several values" in refused(capsys, hub, prompt, "top_k=1,2")

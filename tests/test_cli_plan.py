@@ -98,12 +98,12 @@ def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sweep_makes_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ("-m", "model=qwen3_8b,llama3_1_405b", "hardware=h100_8x,b200_8x", "seq_len=2048,4096")
+    words = ("-m", "model=qwen3_8b,llama3_1_405b", "hardware=h100_8x", "seq_len=2048,4096")
     text = printed(capsys, "plan", *words, f"out={tmp_path}")
     with (tmp_path / "plans.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8
-    assert [row["seq_len"] for row in rows if row["model"] == "qwen3_8b"] == ["2048", "4096"] * 2
+    assert len(rows) == 4
+    assert [row["seq_len"] for row in rows if row["model"] == "qwen3_8b"] == ["2048", "4096"]
     for row in rows:
         if row["model"] == "llama3_1_405b":
             assert "fits in no layout" in row["problem"]
@@ -112,7 +112,7 @@ def test_sweep_makes_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         assert float(row["step_time_s"]) == made.step_time_s
         assert row["layout"] == str(made.layout)
     assert (tmp_path / "plans.png").stat().st_size > 1000
-    assert len([line for line in text.splitlines() if "qwen3_8b" in line or "405b" in line]) == 8
+    assert len([line for line in text.splitlines() if "qwen3_8b" in line or "405b" in line]) == 4
 
 
 def test_lists_are_split_outside_of_brackets_alone() -> None:
@@ -139,8 +139,8 @@ print(time.process_time(), "torch" in sys.modules, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("devices", [256, 4096])
-def test_quick_from_the_command_line(devices: int) -> None:
+def test_quick_from_the_command_line() -> None:
+    devices = 4096
     model = next(name for name in ("nemotron_3_ultra_550b_a55b", "qwen3_coder_480b_a35b") if name in zoo.list_models())
     words = ("plan", model, "gb300_nvl72", f"hardware.num_devices={devices}")
     done = subprocess.run([sys.executable, "-c", SECONDS, *words], cwd=ROOT, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def test_twins_learn(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.items["cross_entropy"]))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.3  # nats; models that scale logits down learn slowest
 
 
 def stirred(spec: ModelSpec) -> Decoder:

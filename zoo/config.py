@@ -99,16 +99,39 @@ def _concerns(override: str, groups: Iterable[str]) -> bool:
 
 
 def _compose(config_name: str | None, overrides: list[str]) -> DictConfig:
+    from hydra.errors import HydraException
+
     load_entry_points()
-    overrides = opened(overrides)
     with explained(config_name, overrides):
-        cfg, choices = compose_once(config_name, overrides)
+        try:
+            cfg, choices = compose_once(config_name, overrides)
+        except HydraException:
+            found = _compose_opened(config_name, overrides)
+            if found is None:
+                raise
+            cfg, choices = found
     if "model" in choices and cfg.get("model") and "name" not in cfg.model:
         from omegaconf import open_dict
 
         with open_dict(cfg):
             cfg.model.name = choices["model"]
     return cfg
+
+
+def _compose_opened(config_name: str | None, overrides: list[str]) -> tuple[DictConfig, dict[str, str]] | None:
+    """Compose `opened(overrides)`; None when that fails too, or names keys that do not exist."""
+    from hydra.errors import HydraException
+
+    try:
+        cfg, choices = compose_once(config_name, opened(overrides))
+        take_model(plain(cfg), choices.get("model"))
+    except HydraException:
+        return None
+    except ConfigError as error:
+        if "unknown key" in str(error) or "found dict" in str(error):
+            return None
+        raise
+    return cfg, choices
 
 
 @contextmanager

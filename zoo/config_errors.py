@@ -79,6 +79,7 @@ def _unknown_keys(error: Exception | None, config_name: str | None, overrides: S
     return "\n".join(
         _unknown_group(override, choices) if re.search("[/@]", _key_of(override)) else _unknown_key(override, known)
         for override in refused
+        if override.startswith("~") or _key_of(override) not in known
     )
 
 
@@ -96,8 +97,7 @@ def _unknown_group(override: str, choices: Mapping[str, str]) -> str:
 def _unknown_key(override: str, known: Collection[str]) -> str:
     key = _key_of(override)
     if key in known:
-        advice = "there is nothing to remove" if override.startswith("~") else f"to set it, write '+{override}'"
-        return f"{key}: stands at its default, which no file mentions; {advice}"
+        return f"{key}: stands at its default, which no file mentions; there is nothing to remove"
     parent, leaf = _split(key)
     while parent and parent not in known:
         parent, leaf = _split(parent)

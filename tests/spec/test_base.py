@@ -138,7 +138,7 @@ class Work:
 def test_counterparts_are_found_beside_the_spec_or_by_name() -> None:
     found = mirrored(Square, "work", Work, lambda item: getattr(item, "describes", None))
     assert found is Work
-    with pytest.raises(TypeError, match="must hold one Work that describes Circle"):
+    with pytest.raises(TypeError, match="must hold one Work for Circle"):
         mirrored(Circle, "work", Work, lambda item: getattr(item, "describes", None))
     register_mirror("work", Circle, "collections:OrderedDict")
     assert mirrored(Circle, "work", Work, lambda item: None).__name__ == "OrderedDict"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 Dtype = Literal["fp32", "bf16", "fp16", "fp64"]
 EXAMPLES = """\
-  zoo convert model.gguf smollm2                          a GGUF file, dequantized
-  zoo convert llama-3.2-1b smaller dtype=bf16
+  zoo convert model.gguf checkpoint                       a GGUF file, dequantized
+  zoo convert checkpoint smaller dtype=bf16
   zoo convert outputs/2026-01-31/12-00-00 for_the_hub     the newest checkpoint of a run of zoo train
-  zoo convert llama-3.2-1b experts upcycle.num_experts=8 upcycle.top_k=2"""
+  zoo convert checkpoint experts upcycle.num_experts=8 upcycle.top_k=2"""
 WHAT = """\
 Write a checkpoint as a Hugging Face directory, or in zoo's own layout, and prove it equal.
 SOURCE is a Hugging Face directory, a GGUF file, or a directory of a run.
@@ -102,7 +102,9 @@ def _summary(done: Converted) -> list[tuple[str, str]]:
     ]
     if done.left_out:
         names = ", ".join(done.left_out[:3]) + (", ..." if len(done.left_out) > 3 else "")
-        rows.append(("left out", f"{len(done.left_out)} tensors that are no weights or repeat others: {names}"))
+        rows.append(
+            ("left out", f"{len(done.left_out)} of the source's tensors, no weights or copies of others: {names}")
+        )
     rows += [("note", note) for note in done.notes]
     rows += [("files" if index == 0 else "", shown_path(done.dest / name)) for index, name in enumerate(done.files)]
     return rows

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   zoo generate outputs/2026-01-31/12-00-00 prompt="def main("
   zoo generate tiny_moe prompt="def main(" temperature=0.8      the newest run of that model below outputs/
-  zoo generate SmolLM2.gguf prompt="Gravity is" prompt="The moon is" max_new_tokens=40
-  zoo generate qwen3-0.6b prompts=questions.txt stop="Question:" top_p=0.9 temperature=0.7"""
+  zoo generate model.gguf prompt="Gravity is" prompt="The moon is" max_new_tokens=40
+  zoo generate checkpoint prompts=questions.txt stop="Question:" top_p=0.9 temperature=0.7"""
 WHAT = """\
 Continue prompts. PATH is a Hugging Face directory, a GGUF file, a directory of a run, or the name of a model that was
 trained here. Special tokens in a prompt are understood, where the tokenizer has them.

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from zoo.plan.plan import Plan
 
 EXAMPLES = """\
-  zoo plan qwen3_30b_a3b h100_8x
-  zoo plan qwen3_235b_a22b gb300_nvl72 hardware.num_devices=256 seq_len=8192 precision=mxfp8
-  zoo plan qwen3_8b h100_8x hardware.chip.memory_gib=141 sensitivity=true report=plan.html png=pictures
-  zoo plan qwen3_8b h100_8x tokens=15e12 price_per_device_hour=2.5       a whole run; or days=30, cost=1e6 ...
-  zoo plan qwen3_8b rtx4090 inference=true context=32768 batch=4
-  zoo plan -m model=qwen3_8b,qwen3_30b_a3b hardware=h100_8x,b200_8x out=table"""
+  zoo plan tiny_moe h100_8x
+  zoo plan MODEL gb300_nvl72 hardware.num_devices=256 seq_len=8192 precision=mxfp8
+  zoo plan MODEL h100_8x hardware.chip.memory_gib=141 sensitivity=true report=plan.html png=pictures
+  zoo plan MODEL h100_8x tokens=15e12 price_per_device_hour=2.5       a whole run; or days=30, cost=1e6 ...
+  zoo plan MODEL rtx4090 inference=true context=32768 batch=4
+  zoo plan -m model=MODEL_A,MODEL_B hardware=h100_8x,b200_8x out=table"""
 KEYS = """\
 keys:
   model= hardware=         names of 'zoo list' and 'zoo list hardware'; also the first two words; hardware=auto is this

@@ -137,7 +137,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         else:
             own.append(word.removeprefix("parallel."))
     if "model" not in named:
-        raise ConfigError("zoo plan: found no model; name one, and a machine: zoo plan qwen3_8b h100_8x")
+        raise ConfigError("zoo plan: found no model; name one, and a machine: zoo plan MODEL h100_8x")
     keys = read_keys(ZooPlan, own, TEXTS)
     return Settings(named["model"], named.get("hardware", "auto"), tuple(overrides), keys)
 

@@ -89,8 +89,7 @@ def convert(
     stored = StoredParameters(source, whole)
     spec, parameters = change(whole, stored) if change else (whole, stored)
     description = _description(source, spec, to, changed=change is not None)
-    if dtype is not None:
-        parameters = Cast(parameters, dtype, spec)
+    parameters = Cast(parameters, dtype, spec)
     # Of the same family, a stored tensor is what it was, however many of them a parameter consists of.
     alike = change is None and to == "hf" and family_of(description) is source.family
     make = partial(_made, parameters=parameters, alike=stored if alike else None)
@@ -98,8 +97,7 @@ def convert(
         _write(directory, description, spec, parameters, make, max_shard_bytes)
         notes = write_tokenizer(source, directory)
         num_tensors = _prove(directory, spec, parameters, make)
-        before = stored if dtype is None else Cast(stored, dtype, whole)
-        logits = _logits_difference(directory, spec, whole, before)
+        logits = _logits_difference(directory, spec, whole, Cast(stored, dtype, whole))
         files = tuple(sorted(path.name for path in directory.iterdir()))
         num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         _move(directory, final)
@@ -120,12 +118,12 @@ def _check_free(source: Path, dest: Path, overwrite: bool) -> None:
 def _description(source: Source, spec: ModelSpec, to: str, changed: bool) -> dict[str, Any]:
     """What to write beside the weights: config.json, in the source's own words where they hold, or zoo's state.json."""
     config = source.config
+    ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
     if to == "zoo":
         own = {"tokenizer": config["tokenizer"]} if source.family is None and "tokenizer" in config else {}
-        return {"format": FORMAT, "settings": {"model": spec.to_dict(), **own}}
+        return {"format": FORMAT, "settings": {"model": spec.to_dict(), **own, **ids}}
     if source.described_by == CONFIG and not changed:
         return {name: value for name, value in config.items() if name != "dtype"}
-    ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
     try:
         return {**(spec_to_hf(spec) if changed or source.family is None else family_of(config).write(spec)), **ids}
     except ConfigError as error:
@@ -219,7 +217,7 @@ def _logits_difference(directory: Path, spec: ModelSpec, before: ModelSpec, para
     difference = 0.0 if _same_bits(found, expected) else float((found - expected).abs().max() / expected.std())
     if not difference < LOGITS_TOLERANCE:
         raise ConfigError(
-            f"what was written gives logits that differ from the source's by {difference:.3g} of their deviation"
+            f"what was written gives other logits than the source, by {difference:.3g} of their deviation"
         )
     return difference
 

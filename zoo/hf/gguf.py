@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoo.hf.config import spec_from_hf
 from zoo.hf.family import Family
-from zoo.hf.gguf_file import read_head
+from zoo.hf.gguf_file import StoredTensor, read_head
 from zoo.hf.gguf_tables import ARCHITECTURES, COMMON_KEYS, NEEDED, WITH_EXPERTS, Architecture
 from zoo.spec.base import ConfigError, near
 from zoo.spec.model import ModelSpec
@@ -72,6 +72,7 @@ class GGUFTensors:
         self._path, self._gguf = path, gguf
         metadata, self._tensors = read_head(path)
         self.metadata = {name: _plain(value) for name, value in metadata.items()}
+        self._raw = {name: self._checked(name, tensor) for name, tensor in self._tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = dict.fromkeys(self.shapes, torch.float32)
         self.plus_one = False
@@ -79,16 +80,25 @@ class GGUFTensors:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. It is read, not mapped: pages of a mapped file would pile up in memory."""
-        found = self._tensors[name]
+        found, (kind, shape) = self._tensors[name], self._raw[name]
+        raw = np.fromfile(self._path, np.uint8, math.prod(shape), offset=found.start)
         try:
-            kind = self._gguf.GGMLQuantizationType(found.type)
-            shape = self._gguf.quant_shape_to_byte_shape(found.shape, kind)
-            raw = np.fromfile(self._path, np.uint8, math.prod(shape), offset=found.start)
             values = self._gguf.dequantize(raw.reshape(shape), kind)
-        except (NotImplementedError, ValueError, LookupError) as error:
-            raise ConfigError(f"{self._path}: {name}: cannot be read: {error}") from None
+        except (NotImplementedError, ValueError) as error:
+            raise ConfigError(f"{self._path}: {name}: cannot be dequantized: {error}") from None
         tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(found.shape)
         return tensor - 1 if self.plus_one and name.endswith("norm.weight") else tensor
+
+    def _checked(self, name: str, tensor: StoredTensor) -> tuple[Any, tuple[int, ...]]:
+        """The type of a tensor and its shape in bytes, all of which are in the file."""
+        try:
+            kind = self._gguf.GGMLQuantizationType(tensor.type)
+            shape = self._gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+        except (ValueError, LookupError) as error:
+            raise ConfigError(f"{self._path}: {name}: cannot be read: {error}") from None
+        if tensor.start + math.prod(shape) > self._path.stat().st_size:
+            raise ConfigError(f"{self._path}: {name}: not a sound GGUF file: it ends too early")
+        return kind, shape
 
 
 def _plain(value: Any) -> Any:

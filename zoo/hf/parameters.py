@@ -82,12 +82,17 @@ class StoredParameters(Mapping[str, Tensor]):
 
 
 class Cast(Mapping[str, Tensor]):
-    """Parameters in another dtype. Buffers keep theirs: they hold what must stay exact."""
+    """Parameters in another dtype, the newest of which stays in memory: it may be written in many parts."""
 
-    def __init__(self, inner: Parameters, dtype: torch.dtype, spec: ModelSpec) -> None:
+    def __init__(self, inner: Parameters, dtype: torch.dtype | None, spec: ModelSpec) -> None:
+        """
+        Args:
+            dtype: of parameters; buffers keep theirs, they hold what must stay exact. None: all do.
+        """
         self._inner, self.shapes = inner, inner.shapes
-        cast = {name for name, _ in build(spec, "meta").named_parameters()}
-        self.dtypes = {name: dtype if name in cast else kept for name, kept in inner.dtypes.items()}
+        self._newest: tuple[str, Tensor] | None = None
+        cast = {name for name, _ in build(spec, "meta").named_parameters()} if dtype is not None else set()
+        self.dtypes = {name: dtype if dtype and name in cast else kept for name, kept in inner.dtypes.items()}
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -96,7 +101,10 @@ class Cast(Mapping[str, Tensor]):
         return iter(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        return in_dtype(name, self._inner[name], self.dtypes[name])
+        if self._newest is None or self._newest[0] != name:
+            self._newest = None
+            self._newest = name, in_dtype(name, self._inner[name], self.dtypes[name])
+        return self._newest[1]
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -139,11 +139,11 @@ def landscape(plan: Plan) -> Figure:
         axes.axvline(limit, color="black", linestyle="--", linewidth=1)
         at = axes.get_xaxis_transform()
         axes.text(limit, 1.01, f"{limit:g} GiB a device", transform=at, ha="center", va="bottom", fontsize=9)
-    star = {"color": "white", "markeredgecolor": "black", "markersize": 17, "zorder": 5}
-    axes.plot(found.memory_gib[0], found.seconds[0], "*", **star)
+    best = found.memory_gib[0], found.seconds[0]
+    axes.plot(*best, "*", color="white", markeredgecolor="black", markersize=17, zorder=5)
     axes.annotate(
         f"{described(plan.best)}",
-        (found.memory_gib[0], found.seconds[0]),
+        best,
         (0, -16),
         textcoords="offset points",
         ha="center",
