@@ -18,17 +18,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("zoo", "zoo.blocks")
 
 IMPORT = """
-import json, sys, time
-before, start = set(sys.modules), time.process_time()
+import json, sys
+before = set(sys.modules)
 import zoo
-took = time.process_time() - start
-print(json.dumps([took, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
 
 
 def test_import_is_light() -> None:
-    took_s, loaded = json.loads(subprocess.check_output([sys.executable, "-c", IMPORT], cwd=ROOT, text=True))
-    assert took_s < 0.05
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", IMPORT], cwd=ROOT, text=True))
     assert not {"torch", "hydra", "omegaconf", "pydantic", "numpy", "yaml"} & set(loaded)
 
 

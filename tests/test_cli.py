@@ -164,20 +164,18 @@ def test_reader_that_stops_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-SECONDS = """
-import sys, time
+WATCH = """
+import sys
 from zoo.cli import main
 main(sys.argv[1:])
-print(time.process_time(), "torch" in sys.modules, file=sys.stderr)
+print("torch" in sys.modules, file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize("command", ["list", "show qwen3_30b_a3b", "diff qwen3_30b_a3b mixtral_8x7b"])
-def test_quick_and_without_torch(command: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SECONDS, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    seconds, torch_imported = done.stderr.split()
-    assert torch_imported == "False"
-    assert float(seconds) < 1.5  # processor time on a busy machine; alone it takes about half
+def test_reading_needs_no_torch(command: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCH, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "False"
 
 
 @pytest.mark.parametrize(

@@ -131,20 +131,18 @@ def test_settings() -> None:
     assert read_settings(["m"]).hardware == "auto"
 
 
-SECONDS = """
-import sys, time
+WATCH = """
+import sys
 from zoo.cli import main
 main(sys.argv[1:])
-print(time.process_time(), "torch" in sys.modules, file=sys.stderr)
+print("torch" in sys.modules, file=sys.stderr)
 """
 
 
-def test_quick_from_the_command_line() -> None:
+def test_planning_needs_no_torch() -> None:
     devices = 4096
     model = next(name for name in ("nemotron_3_ultra_550b_a55b", "qwen3_coder_480b_a35b") if name in zoo.list_models())
     words = ("plan", model, "gb300_nvl72", f"hardware.num_devices={devices}")
-    done = subprocess.run([sys.executable, "-c", SECONDS, *words], cwd=ROOT, capture_output=True, text=True)
-    seconds, torch_imported = done.stderr.split()
+    done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=ROOT, capture_output=True, text=True)
     assert f"on {devices:,} x NVIDIA GB300" in done.stdout
-    assert torch_imported == "False"
-    assert float(seconds) < 3.0  # processor time on a busy machine; alone it takes about 1.2
+    assert done.stderr.strip() == "False"

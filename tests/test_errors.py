@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +42,6 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.parametrize(("command", "message"), ON_THE_COMMAND_LINE)
 def test_mistake_on_the_command_line(command: str, message: str, tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", WATCH, *command.split()],
         cwd=tmp_path,
@@ -51,13 +49,11 @@ def test_mistake_on_the_command_line(command: str, message: str, tmp_path: Path)
         capture_output=True,
         text=True,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     *lines, torch_imported = done.stderr.splitlines()
     assert "\n".join(lines).startswith(message)
     assert len(lines) == message.count("\n") + 1
     assert torch_imported == "False"
     assert (done.returncode, done.stdout) == (2, "")
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # processor time: others may be busy
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,9 +171,7 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_on_an_idle_one(
 
 
 def test_the_measured_speed_is_that_of_plain_products(cache: Path) -> None:
-    start = time.perf_counter()
     speed = measure(local_hardware(CPU).chip)
-    assert time.perf_counter() - start < 8  # 2 on a machine that does nothing else
     matrix = torch.randn(1024, 1024)
     quickest = float("inf")
     for _ in range(10):
