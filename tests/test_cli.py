@@ -137,10 +137,9 @@ def test_models_of_another_folder(
 def test_terminal_narrower_than_the_table_cuts_nothing() -> None:
     process, terminal = pty.fork()
     if process == 0:
-        os.execve(
-            sys.executable, [sys.executable, "-m", "zoo.cli", "show", "tiny_moe"], {**os.environ, "TERM": "xterm"}
-        )
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+        env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        os.execve(sys.executable, [sys.executable, "-m", "zoo.cli", "show", "tiny_moe"], {**env, "TERM": "xterm"})
     written = b""
     while chunk := _read(terminal):
         written += chunk

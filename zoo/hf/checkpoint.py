@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from zoo.decoder import Decoder, build
 from zoo.hf.config import family_of, spec_to_hf
+from zoo.hf.homes import stored_tensors
 from zoo.hf.source import CONFIG, Source, dtypes_of, open_checkpoint
 from zoo.hf.tensors import Entry, write_tensors
-from zoo.hf.weights import Shape, Stored, stored_tensors
+from zoo.hf.weights import Shape, Stored
 from zoo.spec.model import ModelSpec
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.hf.homes import Home, Rows
 from zoo.hf.keys import IGNORED, Keys
 from zoo.hf.layers import Layers
 from zoo.hf.mtp import MTPNames
 from zoo.hf.rows import Row, Tree
-from zoo.hf.weights import Home, JointRow, Rows, WeightRow
+from zoo.hf.weights import JointRow, WeightRow
 from zoo.spec.base import ConfigError, decode, near
 from zoo.spec.block import BlockSpec
 from zoo.spec.model import KindSpec, ModelSpec

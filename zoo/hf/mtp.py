@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoo.hf.homes import Home, Rows
 from zoo.hf.keys import Keys
 from zoo.hf.rows import Tree
-from zoo.hf.weights import Home, Rows, Same, Swapped, WeightRow
+from zoo.hf.weights import Same, Swapped, WeightRow
 from zoo.spec.model import ModelSpec
 from zoo.spec.pattern import expand
 

@@ -17,8 +17,9 @@ from zoo.decoder import Decoder, build
 from zoo.hf.config import family_of, spec_from_hf
 from zoo.hf.family import Family
 from zoo.hf.gguf_file import MAGIC
+from zoo.hf.homes import stored_tensors
 from zoo.hf.tensors import StoredTensors, pickled_error, read_json
-from zoo.hf.weights import Shape, Stored, stored_tensors
+from zoo.hf.weights import Shape, Stored
 from zoo.spec.base import ConfigError, decode
 from zoo.spec.model import ModelSpec
 from zoo.train.rundir import STATE, find_checkpoints, newest_checkpoint
