@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.blocks.mixer_checks import in_pieces
 from zoo.blocks.base import Context, initialize
 from zoo.blocks.short_conv import ShortConv
 from zoo.spec.short_conv import ShortConvSpec
@@ -49,11 +50,7 @@ def test_equals_the_formula_with_all_gradients(name: str, length: int) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_equals_whole(name: str, pieces: list[int]) -> None:
     block, x = make(name), torch.randn(2, 11, D, dtype=torch.float64)
-    state, past, rows = block.new_state(2, 11, x.device, x.dtype), 0, []
-    for piece in x.split(pieces, 1):
-        rows.append(block(piece, Context(torch.arange(past, past + piece.shape[1])[None], past), state))
-        past += piece.shape[1]
-    torch.testing.assert_close(torch.cat(rows, 1), block(x), rtol=0, atol=1e-11)
+    torch.testing.assert_close(in_pieces(block, x, pieces), block(x), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("pieces", [[9], [5, 1, 3], [1] * 9])
@@ -61,12 +58,7 @@ def test_cached_equals_whole(name: str, pieces: list[int]) -> None:
 def test_left_padding_changes_nothing(name: str, pieces: list[int]) -> None:
     block, padding = make(name), torch.tensor([0, 3, 1])
     x = torch.randn(3, 9, D, dtype=torch.float64)
-    state, past, rows = block.new_state(3, 9, x.device, x.dtype), 0, []
-    for piece in x.split(pieces, 1):
-        positions = (torch.arange(past, past + piece.shape[1])[None] - padding[:, None]).clamp_min(0)
-        rows.append(block(piece, Context(positions, past, padding), state))
-        past += piece.shape[1]
-    y = torch.cat(rows, 1)
+    y = in_pieces(block, x, pieces, padding)
     for row, start in enumerate(padding.tolist()):
         torch.testing.assert_close(y[row, start:], block(x[row, None, start:])[0], rtol=0, atol=1e-11)
 

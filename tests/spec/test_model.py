@@ -91,7 +91,7 @@ def test_widths_that_follow_are_filled_in() -> None:
         (
             "moe.router",
             {"type": "top_kk"},
-            "model.moe.router.type: found 'top_kk'; allowed: ",
+            "model.moe.router.type: found 'top_kk'; allowed: sparse_mixer, top_k; did you",
         ),
         ("mlp.activation", "gated", "model.mlp.activation: found 'gated'; input should be 'silu', 'gelu'"),
         ("mlp.activation", "situ", None),
