@@ -119,16 +119,18 @@ def _compose(config_name: str | None, overrides: list[str]) -> DictConfig:
 
 
 def _compose_opened(config_name: str | None, overrides: list[str]) -> tuple[DictConfig, dict[str, str]] | None:
-    """Compose `opened(overrides)`; None when that fails too, or names keys that do not exist."""
+    """Compose `opened(overrides)`; None when that is no different, fails too, or names keys that do not exist."""
     from hydra.errors import HydraException
 
+    if opened(overrides) == overrides:
+        return None
     try:
         cfg, choices = compose_once(config_name, opened(overrides))
         take_model(plain(cfg), choices.get("model"))
     except HydraException:
         return None
     except ConfigError as error:
-        if "unknown key" in str(error) or "found dict" in str(error):
+        if error.misplaced:
             return None
         raise
     return cfg, choices

@@ -17,6 +17,14 @@ S = TypeVar("S", bound="Spec")
 class ConfigError(ValueError):
     """A mistake in what the user wrote. The message says where, what was found, what is allowed and what to do."""
 
+    def __init__(self, message: str = "", *, misplaced: bool = False) -> None:
+        """
+        Args:
+            misplaced: keys stand where there are none, or values where keys are due; no value alone is to blame.
+        """
+        super().__init__(message)
+        self.misplaced = misplaced
+
 
 class Spec(BaseModel):
     """Base of every description: immutable, strictly typed, and closed to keys that it does not know."""
@@ -168,7 +176,9 @@ def explained(make: Callable[[], T], path: str = "") -> T:
     try:
         return make()
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail, path) for detail in error.errors())) from None
+        details = error.errors()
+        misplaced = any(detail["type"] == "unknown_key" or isinstance(detail["input"], Mapping) for detail in details)
+        raise ConfigError("\n".join(_explain(detail, path) for detail in details), misplaced=misplaced) from None
 
 
 def _explain(detail: Any, path: str) -> str:
