@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import zoo
-from tests.hf.test_checkpoint import SIZES, Twin, logits
+from tests.hf.checks import SIZES, Twin, logits
 from tests.models import small_model, tokens
 from tests.train.runs import small_run
 from zoo.cli import main

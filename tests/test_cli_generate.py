@@ -18,8 +18,8 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import zoo
+from tests.hf.checks import Twin
 from tests.hf.gguf_files import write_gguf
-from tests.hf.test_checkpoint import Twin
 from tests.train.runs import small_run
 from zoo.cli import main
 from zoo.cli.generate import _Row

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
+from tests.hf.checks import (
+    EXPERTS,
+    LLAMA3,
+    SIZES,
+    YARN,
+    Twin,
+    check_layout_in_memory,
+    check_logits,
+    check_round_trip,
+    logits,
+    reopened,
+    same_tensors,
+    scaled,
+    stored,
+)
 from zoo.hf import from_pretrained, save_pretrained
 from zoo.hf.tensors import INDEX, SINGLE
 from zoo.spec import ConfigError
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A small model of a transformers class with an odd shape."""
-
-    name: str
-    model_type: str
-    changes: dict[str, Any]
-
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Random weights of a size that makes logits sharp and norms uneven."""
-        torch.manual_seed(seed)
-        config = transformers.AutoConfig.for_model(self.model_type, **{**SIZES, **self.changes})
-        # transformers' grouped matrix product has no fp64.
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager", dtype=dtype)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.3)
-            else:
-                nn.init.uniform_(parameter, 0.5, 1.5)
-        return model.eval()
-
-
-def scaled(rope_type: str, **parameters: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 5000.0, **parameters}}
-
-
-LLAMA3 = scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
-YARN = scaled("yarn", factor=4.0, original_max_position_embeddings=8)
 LONGROPE = scaled(
     "longrope",
     factor=8.0,
@@ -106,70 +75,22 @@ TWINS = [
 twins = pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
 
 
-@pytest.fixture(autouse=True)
-def quiet_transformers() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def stored(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    a, b = stored(one), stored(other)
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
-
-
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        output = model(tokens)
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def reopened(directory: Path) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto", experts_implementation="eager")
-
-
 @twins
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
 def test_logits_equal_those_of_transformers(twin: Twin, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
     for seed in range(2):
-        reference = twin.build(seed, dtype)
-        reference.save_pretrained(tmp_path / "hf")
-        tokens = torch.randint(0, SIZES["vocab_size"], (2, 37))
-        expected = logits(reference, tokens)
-        model = from_pretrained(tmp_path / "hf")
-        found = logits(model, tokens)
-        assert found.dtype == dtype
-        assert (found - expected).abs().max() < tolerance * expected.std()
-
-        save_pretrained(model, tmp_path / "zoo")
-        assert same_tensors(tmp_path / "hf", tmp_path / "zoo")
-        again = logits(reopened(tmp_path / "zoo"), tokens)
-        assert (again - expected).abs().max() < tolerance * expected.std()
+        check_logits(twin.build(seed, dtype), 37, tolerance, tmp_path / str(seed))
 
 
 @twins
 def test_zoo_to_hugging_face_and_back_is_bit_identical(twin: Twin, tmp_path: Path) -> None:
-    twin.build().save_pretrained(tmp_path / "hf")
-    model = from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
-    save_pretrained(model, tmp_path / "zoo", max_shard_bytes=4000)
-    back = from_pretrained(tmp_path / "zoo")
-    assert back.spec == model.spec
-    for (name, ours), (other, theirs) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
-        assert name == other
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+    check_round_trip(twin.build(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed", "olmoe"])
 def test_experts_stacked_as_in_the_memory_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = next(twin for twin in TWINS if twin.name == name).build()
-    reference.save_pretrained(tmp_path, save_original_format=False)
+    check_layout_in_memory(next(twin for twin in TWINS if twin.name == name).build(), tmp_path)
     assert any(name.endswith("experts.gate_up_proj") for name in stored(tmp_path))
-    tokens = torch.randint(0, SIZES["vocab_size"], (1, 9))
-    torch.testing.assert_close(logits(from_pretrained(tmp_path), tokens), logits(reference, tokens))
 
 
 def test_shards_are_read_and_written(tmp_path: Path) -> None:

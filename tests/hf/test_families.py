@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
-from torch import nn
 
-from tests.hf.test_checkpoint import SIZES, logits, reopened, same_tensors, scaled, stored
+from tests.hf.checks import (
+    LLAMA3,
+    SIZES,
+    YARN,
+    Twin,
+    check_layout_in_memory,
+    check_logits,
+    check_round_trip,
+    filled,
+    logits,
+    scaled,
+    stored,
+)
 from zoo.decoder import build
 from zoo.hf import from_pretrained, save_pretrained, spec_from_hf
 from zoo.hf.tensors import SINGLE
 from zoo.spec import ConfigError
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A small model of a transformers class with an odd shape."""
-
-    name: str
-    model_type: str
-    changes: dict[str, Any]
-    sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
-
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Random weights of a size that makes logits sharp, norms uneven and choices differ from scores."""
-        torch.manual_seed(seed)
-        config = transformers.AutoConfig.for_model(self.model_type, **{**self.sizes, **self.changes})
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager", dtype=dtype)
-        filled(model)
-        return model.eval()
-
-
-def filled(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "correction" in name:
-            nn.init.uniform_(tensor, -0.3, 0.3)
-        elif name.endswith("inv_freq") or name.endswith("embed_scale"):
-            continue
-        elif tensor.ndim > 1:
-            nn.init.normal_(tensor, std=0.3)
-        else:
-            nn.init.uniform_(tensor, 0.5, 1.5)
 
 
 def by_type(full: dict[str, Any], **sliding: Any) -> dict[str, Any]:
@@ -56,8 +35,6 @@ def by_type(full: dict[str, Any], **sliding: Any) -> dict[str, Any]:
 
 
 OWN_NAMES = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None}
-YARN = scaled("yarn", factor=4.0, original_max_position_embeddings=8)
-LLAMA3 = scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
 LINEAR = scaled("linear", factor=8.0)["rope_parameters"]
 PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e5}
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -300,41 +277,15 @@ TWINS = [
 twins = pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
 
 
-@pytest.fixture(autouse=True)
-def quiet_transformers() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 @twins
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
 def test_logits_equal_those_of_transformers(twin: Twin, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    reference = twin.build(seed=dtype.itemsize, dtype=dtype)
-    reference.save_pretrained(tmp_path / "hf")
-    tokens = torch.randint(0, 61, (2, 37))
-    expected = logits(reference, tokens)
-    model = from_pretrained(tmp_path / "hf")
-    found = logits(model, tokens)
-    assert found.dtype == dtype
-    assert (found - expected).abs().max() < tolerance * expected.std()
-
-    save_pretrained(model, tmp_path / "zoo")
-    assert same_tensors(tmp_path / "hf", tmp_path / "zoo")
-    again = logits(reopened(tmp_path / "zoo"), tokens)
-    assert (again - expected).abs().max() < tolerance * expected.std()
+    check_logits(twin.build(seed=dtype.itemsize, dtype=dtype), 37, tolerance, tmp_path)
 
 
 @twins
 def test_zoo_to_hugging_face_and_back_is_bit_identical(twin: Twin, tmp_path: Path) -> None:
-    twin.build().save_pretrained(tmp_path / "hf")
-    model = from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
-    save_pretrained(model, tmp_path / "zoo", max_shard_bytes=4000)
-    back = from_pretrained(tmp_path / "zoo")
-    assert back.spec == model.spec
-    for (name, ours), (other, theirs) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
-        assert name == other
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+    check_round_trip(twin.build(), tmp_path)
 
 
 STACKED = [
@@ -355,11 +306,8 @@ STACKED = [
 
 @pytest.mark.parametrize("name", STACKED)
 def test_experts_stacked_as_in_the_memory_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = next(twin for twin in TWINS if twin.name == name).build()
-    reference.save_pretrained(tmp_path, save_original_format=False)
+    check_layout_in_memory(next(twin for twin in TWINS if twin.name == name).build(), tmp_path)
     assert any(name.endswith("experts.gate_up_proj") for name in stored(tmp_path))
-    tokens = torch.randint(0, 61, (1, 9))
-    torch.testing.assert_close(logits(from_pretrained(tmp_path), tokens), logits(reference, tokens))
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])

@@ -10,13 +10,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.hf.checks import EXPERTS, SIZES, Twin, logits
 from tests.hf.gguf_files import llama3_divisors, write_gguf
-from tests.hf.test_checkpoint import EXPERTS, SIZES, Twin, logits
 from zoo.hf import from_pretrained
 from zoo.hf.gguf_file import read_head
 from zoo.spec import ConfigError
@@ -84,12 +83,6 @@ FILES: dict[str, tuple[Twin, dict[str, Any]]] = {
         },
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet_transformers() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def built(twin: Twin) -> nn.Module:

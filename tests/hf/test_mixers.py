@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.hf.test_checkpoint import EXPERTS, SIZES, YARN, logits, same_tensors, stored
+from tests.hf import checks
+from tests.hf.checks import (
+    EXPERTS,
+    SIZES,
+    YARN,
+    check_layout_in_memory,
+    check_logits,
+    check_round_trip,
+    logits,
+    same_tensors,
+    stored,
+)
 from zoo.hf import from_pretrained, save_pretrained
-from zoo.hf.config import family_of
 from zoo.hf.tensors import SINGLE
 
 LENGTH = 40
 """Long against windows and chunks. Sizes then fill vector registers: of a rest, torch rounds sigmoids differently."""
 
 
-@dataclass(frozen=True)
-class Twin:
-    """A small model of a transformers class with an odd shape."""
-
-    name: str
-    model_type: str
-    changes: dict[str, Any]
-
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Random weights of a size that makes logits sharp, norms uneven and choices differ from scores."""
-        torch.manual_seed(seed)
-        config = transformers.AutoConfig.for_model(self.model_type, **{**SIZES, **self.changes})
-        config._experts_implementation = "eager"  # the grouped matrix product has no fp64
-        model = class_of(family_of({"model_type": self.model_type}).architecture)._from_config(config, dtype=dtype)
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                nn.init.uniform_(parameter, -2.0, 0.0)
-            elif parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.8 if "conv" in name else 0.2)
-            else:
-                parameter.data += torch.rand_like(parameter) - 0.5
-        for name, buffer in model.named_buffers():
-            if name.endswith("bias"):
-                nn.init.uniform_(buffer, -0.5, 0.5)
-        return model.eval()
+def uneven(model: nn.Module) -> None:
+    """Random weights as for other families, with the decays and convolutions of recurrences in their range."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            nn.init.uniform_(parameter, -2.0, 0.0)
+        elif parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.8 if "conv" in name else 0.2)
+        else:
+            parameter.data += torch.rand_like(parameter) - 0.5
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            nn.init.uniform_(buffer, -0.5, 0.5)
 
 
-def class_of(architecture: str) -> Any:
-    """By name: some have no place in AutoModelForCausalLM."""
-    return getattr(transformers, architecture)
-
-
-def reopened(directory: Path) -> nn.Module:
-    architecture = json.loads((directory / "config.json").read_text())["architectures"][0]
-    return class_of(architecture).from_pretrained(directory, dtype="auto", experts_implementation="eager")
+Twin = partial(checks.Twin, fill=uneven)
 
 
 LATENT = {
@@ -276,12 +265,6 @@ TWINS = [
 twins = pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
 
 
-@pytest.fixture(autouse=True)
-def quiet_transformers() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 class Wide:
     """Whether transformers' casts to fp32 are casts to fp64 just now.
 
@@ -321,22 +304,14 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 @twins
-def test_logits_equal_those_of_transformers(twin: Twin, tmp_path: Path) -> None:
-    reference = twin.build()
-    reference.save_pretrained(tmp_path / "hf")
-    tokens = torch.randint(0, SIZES["vocab_size"], (2, LENGTH))
-    expected = logits(reference, tokens)
-    model = from_pretrained(tmp_path / "hf")
-    assert (logits(model, tokens) - expected).abs().max() < 1e-4 * expected.std()
-
-    save_pretrained(model, tmp_path / "zoo")
-    assert same_tensors(tmp_path / "hf", tmp_path / "zoo")
-    again = logits(reopened(tmp_path / "zoo"), tokens)
-    assert (again - expected).abs().max() < 1e-4 * expected.std()
+def test_logits_equal_those_of_transformers(twin: checks.Twin, tmp_path: Path) -> None:
+    check_logits(twin.build(), LENGTH, 1e-4, tmp_path)
 
 
 @twins
-def test_fp64_logits_equal_those_of_transformers(twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp64_logits_equal_those_of_transformers(
+    twin: checks.Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference = twin.build(1, torch.float64)
     reference.save_pretrained(tmp_path / "hf")
     tokens = torch.randint(0, SIZES["vocab_size"], (2, LENGTH))
@@ -353,27 +328,16 @@ def test_fp64_logits_equal_those_of_transformers(twin: Twin, tmp_path: Path, mon
 
 
 @twins
-def test_zoo_to_hugging_face_and_back_is_bit_identical(twin: Twin, tmp_path: Path) -> None:
-    twin.build().save_pretrained(tmp_path / "hf")
-    model = from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
-    save_pretrained(model, tmp_path / "zoo", max_shard_bytes=4000)
-    back = from_pretrained(tmp_path / "zoo")
-    assert back.spec == model.spec
-    for (name, ours), (other, theirs) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
-        assert name == other
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+def test_zoo_to_hugging_face_and_back_is_bit_identical(twin: checks.Twin, tmp_path: Path) -> None:
+    check_round_trip(twin.build(), tmp_path)
 
 
 @twins
-def test_layouts_of_the_memory_of_transformers(twin: Twin, tmp_path: Path) -> None:
-    reference = twin.build()
-    reference.save_pretrained(tmp_path, save_original_format=False)
-    tokens = torch.randint(0, SIZES["vocab_size"], (1, 9))
-    torch.testing.assert_close(logits(from_pretrained(tmp_path), tokens), logits(reference, tokens))
+def test_layouts_of_the_memory_of_transformers(twin: checks.Twin, tmp_path: Path) -> None:
+    check_layout_in_memory(twin.build(), tmp_path)
 
 
-def twin_of(name: str) -> Twin:
+def twin_of(name: str) -> checks.Twin:
     return next(twin for twin in TWINS if twin.name == name)
 
 

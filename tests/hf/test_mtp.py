@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers.modeling_layers import MtpModel
 
 import zoo
-from tests.hf.test_checkpoint import SIZES, logits, stored
+from tests.hf.checks import SIZES, logits, stored
 from tests.hf.test_mixers import TWINS
 from zoo.blocks.base import Context
 from zoo.decoder import Decoder, build
