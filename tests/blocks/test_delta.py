@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.blocks.mixer_checks import in_pieces
+from tests.blocks import mixer_checks
 from zoo.blocks.base import Context, initialize
 from zoo.blocks.delta import GatedDelta, GatedNorm
 from zoo.blocks.delta_rule import delta_chunks, delta_step
@@ -116,52 +116,30 @@ def test_fp32_is_exact_enough_when_all_keys_are_the_same() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [6, 5]])
+@pytest.mark.parametrize("pieces", mixer_checks.PIECES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_equals_whole(name: str, pieces: list[int]) -> None:
-    block, x = make(name), torch.randn(2, 11, D, dtype=torch.float64)
-    torch.testing.assert_close(in_pieces(block, x, pieces), block(x), rtol=0, atol=1e-9)
+    mixer_checks.check_cached(make(name), pieces)
 
 
-@pytest.mark.parametrize("pieces", [[9], [5, 1, 3], [1] * 9])
+@pytest.mark.parametrize("pieces", mixer_checks.PIECES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_left_padding_changes_nothing(name: str, pieces: list[int]) -> None:
-    block, padding = make(name), torch.tensor([0, 3, 1])
-    x = torch.randn(3, 9, D, dtype=torch.float64)
-    y = in_pieces(block, x, pieces, padding)
-    for row, start in enumerate(padding.tolist()):
-        torch.testing.assert_close(y[row, start:], block(x[row, None, start:])[0], rtol=0, atol=1e-9)
+    mixer_checks.check_left_padding(make(name), pieces)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_documents_of_a_row_do_not_meet(name: str) -> None:
-    block, x = make(name), torch.randn(1, 11, D, dtype=torch.float64)
-    lengths = [1, 6, 4]
-    documents = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    y = block(x, Context(positions, documents=documents))
-    expected = torch.cat([block(part) for part in x.split(lengths, 1)], 1)
-    torch.testing.assert_close(y, expected, rtol=0, atol=1e-9)
-    changed = x.clone()
-    changed[:, :7] += 1
-    assert torch.equal(block(changed, Context(positions, documents=documents))[:, 7:], y[:, 7:])
+    mixer_checks.check_documents(make(name))
 
 
 def test_rows_of_a_state_can_be_chosen() -> None:
-    block, x = make("shared_key_heads"), torch.randn(3, 6, D, dtype=torch.float64)
-    rows = torch.tensor([2, 0])
-    state = block.new_state(3, 6, x.device, x.dtype)
-    block(x[:, :5], Context.of(x[:, :5]), state)
-    state.select(rows)
-    found = block(x[rows, 5:], Context(torch.tensor([[5]]), 5), state)
-    torch.testing.assert_close(found, block(x)[rows, 5:], rtol=0, atol=1e-9)
+    mixer_checks.check_selected_rows(make("shared_key_heads"))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_weight_learns(name: str) -> None:
-    block = make(name)
-    block(torch.randn(2, 7, D, dtype=torch.float64)).square().sum().backward()
-    assert [key for key, weight in block.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+    mixer_checks.check_every_weight_learns(make(name))
 
 
 @pytest.mark.parametrize("name", ["plain", "channels"])

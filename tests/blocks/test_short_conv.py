@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.mixer_checks import in_pieces
-from zoo.blocks.base import Context, initialize
+from tests.blocks import mixer_checks
+from zoo.blocks.base import initialize
 from zoo.blocks.short_conv import ShortConv
 from zoo.spec.short_conv import ShortConvSpec
 
@@ -46,30 +46,21 @@ def test_equals_the_formula_with_all_gradients(name: str, length: int) -> None:
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5]])
+@pytest.mark.parametrize("pieces", mixer_checks.PIECES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cached_equals_whole(name: str, pieces: list[int]) -> None:
-    block, x = make(name), torch.randn(2, 11, D, dtype=torch.float64)
-    torch.testing.assert_close(in_pieces(block, x, pieces), block(x), rtol=0, atol=1e-11)
+    mixer_checks.check_cached(make(name), pieces)
 
 
-@pytest.mark.parametrize("pieces", [[9], [5, 1, 3], [1] * 9])
+@pytest.mark.parametrize("pieces", mixer_checks.PIECES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_left_padding_changes_nothing(name: str, pieces: list[int]) -> None:
-    block, padding = make(name), torch.tensor([0, 3, 1])
-    x = torch.randn(3, 9, D, dtype=torch.float64)
-    y = in_pieces(block, x, pieces, padding)
-    for row, start in enumerate(padding.tolist()):
-        torch.testing.assert_close(y[row, start:], block(x[row, None, start:])[0], rtol=0, atol=1e-11)
+    mixer_checks.check_left_padding(make(name), pieces)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_documents_of_a_row_do_not_meet(name: str) -> None:
-    block, x = make(name), torch.randn(1, 11, D, dtype=torch.float64)
-    documents = torch.arange(3).repeat_interleave(torch.tensor([1, 6, 4]))[None]
-    y = block(x, Context(torch.arange(11)[None], documents=documents))
-    expected = torch.cat([block(part) for part in x.split([1, 6, 4], 1)], 1)
-    torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
+    mixer_checks.check_documents(make(name))
 
 
 @pytest.mark.parametrize("bias", [False, True])
