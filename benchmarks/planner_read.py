@@ -128,7 +128,7 @@ def read(row: dict[str, str]) -> Run | None:
         **degrees,
         etp=etp,
         dp=dp,
-        shard=shard_of(row["dp_or_fsdp"], dp * degrees["cp"], engine),
+        shard=shard_of(row["dp_or_fsdp"], dp, degrees["cp"], engine),
         recompute=recompute_of(row["recompute/offload"]),
         graphs=graphs_of(row["cuda_graphs"], row["software+version"]),
         engine=engine,
@@ -139,7 +139,9 @@ def read(row: dict[str, str]) -> Run | None:
         memory_gb=float(row["peak_memory_gb_if_published"] or 0),
         source=row["source"],
     )
-    return run if row["recompute/offload"] or fits(run) else replace(run, recompute="full")
+    # fms-fsdp recomputes whole blocks, and does not say how many of them.
+    stated = row["recompute/offload"] and "fms-fsdp" not in software
+    return run if stated or fits(run) else replace(run, recompute="full")
 
 
 def fits(run: Run) -> bool:
@@ -191,6 +193,8 @@ def recompute_of(text: str) -> str:
         known = ("core_attn", "mla_up_proj", "up_proj", "moe_act", "act", "layernorm", "norm", "mlp", "moe")
         kept = [part for part in re.split(r"[,:;]", text)[1:] if part in known]
         return "selective:" + ",".join(kept) if kept else "none"
+    if layers := re.fullmatch(r"cpu_offload_layers=(\d+)", text):
+        return f"offload:{layers[1]}"
     return next((name for pattern, name in RECOMPUTE if name and re.search(pattern, text)), "none")
 
 
@@ -211,16 +215,16 @@ def contradicts(row: dict[str, str], spec: ModelSpec) -> bool:
     return not 0.65 < flops / rate / expected < 1.5
 
 
-def shard_of(text: str, replicas: int, engine: str) -> int:
-    """The group that shares weights."""
-    if engine == "megatron" and not re.search(r"FSDP\d", text):
+def shard_of(text: str, dp: int, cp: int, engine: str) -> int:
+    """The group that shares weights: replicas, and with them the devices that share a sequence."""
+    if engine == "megatron" and not re.search(r"FSDP(\d| DP)", text):
         return 1
     if engine == "fsdp" and "zero" in text.lower():
         return 1
     sizes = re.search(r"FSDP2?[ =/]?(\d+)", text.replace("(<=", ""))
-    size = int(sizes[1]) if sizes and int(sizes[1]) > 1 else 256 if "256" in text or "+DP" in text else replicas
-    size = min(size, replicas)
-    return size if replicas % size == 0 else replicas
+    size = int(sizes[1]) * cp if sizes and int(sizes[1]) > 1 else 256 if "256" in text or "+DP" in text else dp * cp
+    size = min(size, dp * cp)
+    return size if dp * cp % size == 0 else dp * cp
 
 
 def main(table: str) -> None:

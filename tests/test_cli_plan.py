@@ -79,8 +79,18 @@ def test_mistakes_end_in_one_line(capsys: pytest.CaptureFixture[str], words: str
 
 def test_further_ways_to_see_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page, folder = tmp_path / "a" / "plan.html", tmp_path / "pictures"
-    text = printed(capsys, *ASKED, f"report={page}", f"png={folder}", "sensitivity=true", "tokens=1e12", "days=3")
+    text = printed(
+        capsys,
+        *ASKED,
+        f"report={page}",
+        f"png={folder}",
+        "sensitivity=true",
+        "tokens=1e12",
+        "days=3",
+        "checkpoint_every=50",
+    )
     assert "What a better machine would bring" in text
+    assert "GiB every 50 steps" in " ".join(text.split())
     assert "3 days without interruption" in text or "days without interruption" in text
     assert page.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_what_is_legal_divides(layout: Layout) -> None:
     spec = small_spec()
     if legal(spec, points(layout))[0]:
         assert 4 % layout.tp == 0
-        assert spec.num_layers % (layout.pp * layout.vp) == 0
+        assert any((spec.num_layers + ends) % (layout.pp * layout.vp) == 0 for ends in range(3))
         assert 6 % layout.ep == 0
         assert (layout.dp * layout.cp * layout.tp) % (layout.ep * layout.etp) == 0
         assert (layout.dp * layout.cp) % layout.shard == 0
@@ -69,7 +70,7 @@ def test_what_is_legal_divides(layout: Layout) -> None:
         (Layout(tp=8), "tp 8 must divide the 4 heads"),
         (Layout(ep=4, dp=4), "ep 4 must divide the 6 experts"),
         (Layout(ep=6, dp=4), "ep * etp, 6 * 1, must divide dp * cp * tp, 4 * 1 * 1"),
-        (Layout(pp=3), "pp * vp, 3 * 1, must not exceed the 2 layers"),
+        (Layout(pp=5), "pp * vp, 5 * 1, must not exceed the 2 layers, embedding and head"),
         (Layout(vp=2), "vp 2 needs several stages"),
         (Layout(shard=2), "shard 2 must divide dp * cp, 1 * 1"),
         (Layout(dp=5), "micro_batch * dp, 1 * 5, must divide global_batch 48"),
@@ -84,10 +85,17 @@ def test_illegal_layouts_say_why(layout: Layout, words: str) -> None:
 
 def test_stages_are_even_unless_one_says_otherwise(load_model: Callable[[str], ModelSpec]) -> None:
     spec = load_model("llama3_1_405b")
-    p = points(Layout(pp=8, dp=1), seq_len=64)
+    p = points(Layout(pp=10, dp=1), seq_len=64)
     with pytest.raises(zoo.ConfigError, match="must divide the 126 layers"):
         check(spec, p)
     check(spec, p, uneven_stages=True)
+
+
+def test_embedding_and_head_may_stand_for_a_layer_each(load_model: Callable[[str], ModelSpec]) -> None:
+    spec = load_model("llama3_1_405b")  # 126 layers; published with pp 16, vp 8 (Megatron-Bridge, 26.08)
+    check(spec, points(Layout(pp=16, vp=8), seq_len=64))
+    with pytest.raises(zoo.ConfigError, match="must not exceed the 126 layers"):
+        check(spec, points(Layout(pp=16, vp=9), seq_len=64), uneven_stages=True)
 
 
 def test_a_model_without_experts_has_no_expert_parallelism(load_model: Callable[[str], ModelSpec]) -> None:
@@ -102,12 +110,33 @@ def test_degrees_are_positive_integers(value: object) -> None:
 
 
 def test_recompute_names() -> None:
-    assert recompute_parts("none") == ()
-    assert recompute_parts("full") == ("full",)
-    assert recompute_parts("selective:mla_up_proj,mlp") == ("up", "mlp")
+    assert recompute_parts("none") == {}
+    assert recompute_parts("full") == {"full": 1}
+    assert recompute_parts("selective:mla_up_proj,mlp") == {"up": 1, "mlp": 1}
     assert set(recompute_parts("selective:core_attn,moe_act,layernorm,moe")) <= set(RECOMPUTED)
-    with pytest.raises(zoo.ConfigError, match="allowed"):
-        recompute_parts("selective:everything")
+    assert recompute_parts("full+offload") == {"full": 1, "offload": math.inf}
+    assert recompute_parts("selective:mlp+offload:20") == {"mlp": 1, "offload": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("selective:everything", "allowed"),
+        ("offload:some", "a number of layers"),
+        ("offload:0", "a number of layers"),
+        ("ful", "full"),
+    ],
+)
+def test_unknown_names_of_recompute(name: str, words: str) -> None:
+    with pytest.raises(zoo.ConfigError, match=words):
+        recompute_parts(name)
+
+
+def test_layers_are_offloaded_of_every_stage() -> None:
+    p = Points.of(
+        [Layout(), Layout(pp=4), Layout(pp=4)], seq_len=8, global_batch=4, recompute=["none", "offload:4", "offload"]
+    )
+    np.testing.assert_array_equal(p.offloaded(32), [0, 0.5, 1])
 
 
 def test_one_setting_a_layout_or_one_for_all() -> None:

@@ -116,6 +116,40 @@ def test_recomputing_keeps_less(sparse: ModelSpec, recompute: str) -> None:
     assert again["weights"] == kept["weights"]
 
 
+def test_activations_on_the_host_leave_two_layers_on_the_device(dense: ModelSpec) -> None:
+    kept = memory(dense, Layout())["activations"]
+    assert memory(dense, Layout(), "offload")["activations"] == pytest.approx(kept * 2 / 32)
+    assert memory(dense, Layout(), "offload:16")["activations"] == pytest.approx(kept * (16 + 2) / 32)
+    inputs = memory(dense, Layout(), "full")["activations"] - memory(dense, Layout(), "full+offload")["activations"]
+    assert inputs * GIB == pytest.approx(2 * 4096 * 4096 * 30)
+
+
+def test_offloading_takes_time_where_the_link_is_slow(dense: ModelSpec) -> None:
+    points = Points.of([Layout()] * 2, seq_len=4096, global_batch=8, recompute=["none", "offload"])
+    longer = []
+    for name in ("gb200_nvl72", "h100_8x"):
+        kept, moved = price(dense, machine(name), points, Run(), engine_of("megatron")).seconds
+        longer.append(moved / kept)
+    assert 1 < longer[0] < longer[1] < 3  # 225 and 64 GB/s to the host
+
+
+def test_states_on_the_host_free_the_device_and_take_time(dense: ModelSpec) -> None:
+    points = Points.of([Layout(dp=8)], seq_len=4096, global_batch=8)
+    here, there = (
+        price(dense, machine("h100_8x"), points, Run(optimizer=name), engine_of("megatron"))
+        for name in ("adamw", "adamw_host")
+    )
+    assert there.memory_gib["optimizer"][0] == 0 < here.memory_gib["optimizer"][0]
+    assert there.seconds[0] > here.seconds[0]
+
+
+def test_every_other_product_as_its_authors_count(dense: ModelSpec) -> None:
+    """Kept by torchtitan's per-op policy: a layer's input, queries, values, what attention gives, one of gate and its
+    partner, and what the MLP gives."""
+    found = memory(dense, Layout(), "selective_op")["activations"] * GIB / (2 * 4096 * 32)
+    assert found == pytest.approx(4096 + 4096 + 1024 + 4096 + 14336 + 4096, rel=0.02)
+
+
 def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages(dense: ModelSpec) -> None:
     points = Points.of([Layout(pp=4), Layout(pp=4, vp=2)], seq_len=4096, global_batch=64, micro_batch=1)
     first, last = (memory_of(dense, points, Storage(), stage=stage) for stage in ("first", "last"))

@@ -34,7 +34,7 @@ keys:
   engine= optimizer= mtp= routing= graphs= reserve=                   as zoo.plan takes them
   report=PAGE.html png=FOLDER sensitivity=true                        further ways to see it
   tokens= days= device_hours= energy_mwh= cost= price_per_device_hour= pue=
-                           what a run takes, or what can be trained for it
+                           what a run takes, or what can be trained for it; checkpoint_every=STEPS checkpoint_async=true
   inference=true context= batch= precision= cache_precision=          running the model instead of training it
   out=FOLDER               with -m: where plans.csv and plans.png go"""
 

@@ -61,6 +61,8 @@ class BudgetKeys(Spec):
     cost: PositiveFloat | None = None
     price_per_device_hour: PositiveFloat | None = None
     pue: PositiveFloat | None = None
+    checkpoint_every: PositiveInt | None = None
+    checkpoint_async: bool = False
 
 
 class InferenceKeys(Spec):

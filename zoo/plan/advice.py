@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from zoo.plan import engine
+from zoo.plan.explain import room_in_words
 from zoo.plan.layout import Layout
 from zoo.plan.machines import machines
 from zoo.plan.question import DEGREES, Question, divisors
@@ -27,7 +28,7 @@ def nowhere(q: Question, tried: Sequence[Found]) -> str:
     room = q.room_gib
     text = (
         f"hardware: {q.spec.name} fits in no layout of {_machine(q)}: the smallest of {found.num_legal:,} "
-        f"({layout}) needs {least:.4g} GiB a device of {room:.4g}, {least - room:.3g} too much"
+        f"({layout}) needs {least:,.4g} GiB a device, {_gib(least - room)} more than {room_in_words(q)}"
     )
     advice = list(_enough(q, precision))
     return f"{text}; {'; '.join(advice)}" if advice else f"{text}; no larger machine that zoo knows would do"
@@ -36,6 +37,10 @@ def nowhere(q: Question, tried: Sequence[Found]) -> str:
 def _machine(q: Question) -> str:
     n = q.machine.num_devices
     return f"{q.machine.name} ({n} {'device' if n == 1 else 'devices'} of {q.machine.chip.name})"
+
+
+def _gib(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _no_layout(q: Question) -> str:
@@ -82,6 +87,8 @@ def least_gib(q: Question, precision: str) -> float:
 
 def _enough(q: Question, precision: str) -> Iterator[str]:
     """The nearest changes after which a layout fits, one of each kind."""
+    if q.reserve and least_gib(q, precision) <= (q.machine.chip.memory_gib or np.inf):
+        yield "reserve=0 would do, with nothing left for the allocator"
     cheaper = {"seq_len": lambda: _shorter(q, precision), "optimizer": lambda: _leaner(q, precision)}
     if (devices := _more_devices(q, precision)) is not None:
         yield f"hardware.num_devices={devices} would do"

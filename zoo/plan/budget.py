@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from zoo.plan.memory import STATE_BYTES
+from zoo.plan.checkpoints import Checkpoints, checkpoints
 from zoo.spec.base import ConfigError
 
 if TYPE_CHECKING:
     from zoo.plan.plan import Plan
 
 DAY_S, HOUR_S = 86400.0, 3600.0
-CHECKPOINT_EVERY_S = 3600.0
-"""Training seconds between two checkpoints."""
 LAW_SOURCE = "arXiv:2404.10102 (a replication of Chinchilla, arXiv:2203.15556), fitted on dense models"
 E0, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
 """Loss in nats a token of N parameters and D tokens: E0 + A / N ** ALPHA + B / D ** BETA."""
@@ -26,13 +24,13 @@ class Budget:
 
     tokens: float
     days: float
+    """Checkpoints included, failures not."""
     device_hours: float
     energy_mwh: float | None
     """Of the chips at their rated power, times `pue`; None where that is not known."""
     cost: float | None
     """In the currency of the price; None without a price."""
-    checkpoint_share: float | None
-    """The part of the time that hourly checkpoints add; None where the storage is not known. Not in the sums above."""
+    checkpoints: Checkpoints
     flops: float
     """Model FLOPs of the run."""
     loss: float
@@ -55,6 +53,8 @@ def budget(
     cost: float | None = None,
     price_per_device_hour: float | None = None,
     pue: float = 1.0,
+    checkpoint_every: int | None = None,
+    checkpoint_async: bool = False,
 ) -> Budget:
     """What a number of tokens takes, or how many tokens an amount of anything else is enough for.
 
@@ -62,6 +62,8 @@ def budget(
         tokens, days, device_hours, energy_mwh, cost: What is given; of several, the one that is used up first counts.
         price_per_device_hour: In any currency.
         pue: Power of the whole data centre over that of the chips.
+        checkpoint_every: Steps between two checkpoints; absent: as many as take an hour.
+        checkpoint_async: They are written while training goes on.
 
     Raises:
         ConfigError: nothing is given, a number is not positive, or one that is needed is missing.
@@ -72,7 +74,8 @@ def budget(
             raise ConfigError(f"{name}: found {value!r}; must be a positive number")
     if all(value is None for value in given.values()):
         raise ConfigError(f"budget: found nothing; give one of {', '.join(given)}")
-    rate, devices = plan.best.tokens_per_s, plan.best.num_devices
+    written = checkpoints(plan, every=checkpoint_every, background=checkpoint_async)
+    rate, devices = plan.best.tokens_per_s / (1 + written.share), plan.best.num_devices
     watts = plan.question.machine.chip.power_w
     mw = devices * watts * pue / 1e6 if watts else None
     if energy_mwh is not None and mw is None:
@@ -87,13 +90,13 @@ def budget(
         "cost": cost and price_per_device_hour and cost / price_per_device_hour / devices,
     }
     taken = min(value for value in hours.values() if value)
-    made = _of(plan, taken, price_per_device_hour, mw)
+    made = _of(plan, written, taken, price_per_device_hour, mw)
     return replace(made, tokens=tokens) if tokens and hours["tokens"] == taken else made
 
 
-def _of(plan: Plan, hours: float, price: float | None, mw: float | None) -> Budget:
+def _of(plan: Plan, written: Checkpoints, hours: float, price: float | None, mw: float | None) -> Budget:
     devices = plan.best.num_devices
-    tokens = plan.best.tokens_per_s * hours * HOUR_S
+    tokens = plan.best.tokens_per_s / (1 + written.share) * hours * HOUR_S
     flops = plan.best.flops.training * tokens
     active = float(plan.question.spec.params().active)
     size, data = compute_optimal(flops)
@@ -103,7 +106,7 @@ def _of(plan: Plan, hours: float, price: float | None, mw: float | None) -> Budg
         device_hours=hours * devices,
         energy_mwh=None if mw is None else mw * hours,
         cost=None if price is None else price * hours * devices,
-        checkpoint_share=checkpoint_share(plan),
+        checkpoints=written,
         flops=flops,
         loss=loss(active, tokens),
         tokens_per_parameter=tokens / active,
@@ -122,14 +125,3 @@ def compute_optimal(flops: float) -> tuple[float, float]:
     """Parameters and tokens of the lowest loss at 6 N D = `flops` (arXiv:2203.15556, equation 4)."""
     size = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
     return float(size), float(flops / 6 / size)
-
-
-def checkpoint_bytes(plan: Plan) -> float:
-    """Bytes of a checkpoint: fp32 weights and the optimizer's moments."""
-    return float(plan.question.spec.params().total * (4.0 + STATE_BYTES[plan.question.optimizer]))
-
-
-def checkpoint_share(plan: Plan) -> float | None:
-    """Time of writing checkpoints over that of training, while training waits."""
-    speed = plan.question.machine.storage.write_gb_s
-    return checkpoint_bytes(plan) / (speed * 1e9) / CHECKPOINT_EVERY_S if speed else None

@@ -28,6 +28,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The parts of a step's time (`Estimate.time_s`) as a reader thinks of them."""
 COMMUNICATION = ("tensor parallelism", "expert parallelism", "context parallelism", "pipeline", "data parallelism")
 MOST_GROWTH = 1024
+ROOMY = 0.1
+"""Of the memory: a plan that leaves less free is told beside the quickest that leaves as much."""
 CLEAR_GAIN = 0.02
 """Of the step time: from here on it is worth knowing what stood in the way."""
 
@@ -72,9 +74,46 @@ def reasons(winner: Estimate, runner_up: Estimate | None, found: Found) -> list[
         gain, short = 1 - found.seconds[row] / total, found.memory_gib[row] - found.question.room_gib
         lines.append(
             f"memory stands in the way of {row_in_words(found, row)}, which would take {gain:.1%} less: it needs "
-            f"{found.memory_gib[row]:.4g} GiB, {short:.3g} more than there is"
+            f"{found.memory_gib[row]:.4g} GiB, {short:.3g} more than {room_in_words(found.question)}"
+        )
+    row = roomier(found)
+    if row is not None:
+        later = found.seconds[row] / total - 1
+        lines.append(
+            f"{found.memory_gib[0] / (winner.memory_limit_gib or 1):.0%} of the memory is taken; with at least "
+            f"{ROOMY:.0%} free, {row_in_words(found, row)} takes {later:.1%} longer"
         )
     return lines
+
+
+def room_in_words(q: Question) -> str:
+    """What a layout may take, and why it is not all there is."""
+    if not q.reserve:
+        return f"the {q.room_gib:.4g} there are"
+    return f"the {q.room_gib:.4g} that a plan may take (all but reserve={q.reserve:g})"
+
+
+def different(found: Found, number: int) -> list[int]:
+    """The best rows that fit, one of each way to divide the model, what is recomputed included.
+
+    Devices that share long sequences instead of working on several short ones are no other way: they cost the same.
+    """
+    names = ("tp", "pp", "ep", "etp", "shard", "recompute")
+    rows: dict[tuple[int, ...], int] = {}
+    for row in range(found.num_fitting):
+        rows.setdefault(tuple(int(found.table[name][row]) for name in names), row)
+        if len(rows) == number:
+            break
+    return list(rows.values())
+
+
+def roomier(found: Found) -> int | None:
+    """The quickest row that leaves ROOMY of the memory free; None where the first does, or none of them."""
+    limit = found.question.machine.chip.memory_gib
+    if not limit or found.memory_gib[0] <= (1 - ROOMY) * limit:
+        return None
+    rows = np.flatnonzero(found.fits & (found.memory_gib <= (1 - ROOMY) * limit))
+    return int(rows[0]) if len(rows) else None
 
 
 def nearest_blocked(found: Found) -> int | None:
@@ -175,8 +214,8 @@ def why_not(found: Found, other: Estimate, winner: Estimate, broken: str = "") -
     if other.total_memory_gib > found.question.room_gib:
         most = max(other.memory_gib, key=lambda part: other.memory_gib[part])
         return (
-            f"{name}: does not fit: it needs {other.total_memory_gib:.4g} GiB of {found.question.room_gib:.4g}; "
-            f"{most} {_take(most)} {other.memory_gib[most]:.4g}"
+            f"{name}: does not fit: it needs {other.total_memory_gib:.4g} GiB, more than "
+            f"{room_in_words(found.question)}; {most} {_take(most)} {other.memory_gib[most]:.4g}"
         )
     later = other.step_time_s / winner.step_time_s - 1
     if (other.layout, other.micro_batch, other.recompute) == (winner.layout, winner.micro_batch, winner.recompute):

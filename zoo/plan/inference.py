@@ -100,15 +100,8 @@ def inference(
     spec, machine, profile = composed(model, hardware, overrides)
     machine = with_measured(machine)
     precision = precision or precision_of(machine, profile)
-    for name, value in (("precision", precision), ("cache_precision", cache_precision)):
-        if value not in WEIGHT_BYTES:
-            raise ConfigError(
-                f"{name}: found {value!r}; {near(value, WEIGHT_BYTES) or 'allowed: ' + ', '.join(WEIGHT_BYTES)}"
-            )
     length = default_seq_len(spec) if context is None else context
-    for name, size in (("context", length), ("batch", batch)):
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name}: found {size!r}; must be a positive integer")
+    _check(precision, cache_precision, length, batch)
     weights, cache = weight_bytes(spec, precision) / GIB, cache_bytes(spec, length, cache_precision)
     kept = {name: batch * value / GIB for name, value in cache.items()}
     workspace = CONTEXT_GIB * machine.num_devices + _buffers(spec, batch) / GIB
@@ -132,6 +125,16 @@ def inference(
         bound=bound,
         smallest=smallest_machines(total),
     )
+
+
+def _check(precision: str, cache_precision: str, context: int, batch: int) -> None:
+    for name, value in (("precision", precision), ("cache_precision", cache_precision)):
+        if value not in WEIGHT_BYTES:
+            hint = near(value, WEIGHT_BYTES) or f"allowed: {', '.join(WEIGHT_BYTES)}"
+            raise ConfigError(f"{name}: found {value!r}; {hint}")
+    for name, size in (("context", context), ("batch", batch)):
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{name}: found {size!r}; must be a positive integer")
 
 
 def weight_bytes(spec: ModelSpec, precision: str) -> float:

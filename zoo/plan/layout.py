@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.spec.base import ConfigError
+from zoo.spec.base import ConfigError, near
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -58,6 +59,8 @@ class Layout:
 RECOMPUTED = ("full", "core", "act", "mlp", "moe", "up", "every_other")
 """What is computed again in the backward pass instead of kept: whole layers; attention's core; activation functions and
 norms; dense MLPs; mixtures of experts; the projections out of latents; every other matrix product."""
+OFFLOADED = "offload"
+"""Activations that are kept, but in the memory of the host (Megatron-Core's `cpu_offloading_num_layers`)."""
 
 _RECOMPUTE_NAMES: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -77,20 +80,38 @@ _RECOMPUTE_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def recompute_parts(recompute: str) -> tuple[str, ...]:
-    """The parts of RECOMPUTED that a name stands for: `none`, `full`, `selective`, or `selective:mla_up_proj,mlp`.
+def recompute_parts(recompute: str) -> dict[str, float]:
+    """What a setting stands for: 1 by part of RECOMPUTED, and by OFFLOADED the layers of a stage that it goes for.
+
+    A setting is a name, `selective:NAME,NAME`, `offload` (activations of all layers go to the host's memory and back),
+    `offload:20` (of 20 layers of each stage), or several of these joined by `+`: `full+offload` keeps nothing of a
+    layer but its input, and that on the host.
 
     Raises:
-        ConfigError: no such name.
+        ConfigError: no such name, or no such number of layers.
     """
-    names = recompute.split(":", 1)[1].split(",") if recompute.startswith("selective:") else [recompute]
-    unknown = [name for name in names if name not in _RECOMPUTE_NAMES]
-    if unknown:
-        allowed = ", ".join(_RECOMPUTE_NAMES)
-        raise ConfigError(
-            f"recompute: found {unknown[0]!r}; allowed: selective:PART,PART of {allowed}, or one of these"
-        )
-    return tuple(dict.fromkeys(part for name in names for part in _RECOMPUTE_NAMES[name]))
+    found: dict[str, float] = {}
+    for term in recompute.split("+"):
+        name, _, count = term.partition(":")
+        if name == OFFLOADED:
+            found[OFFLOADED] = _layers_of(term, count)
+            continue
+        names = term.split(":", 1)[1].split(",") if term.startswith("selective:") else [term]
+        unknown = [name for name in names if name not in _RECOMPUTE_NAMES]
+        if unknown:
+            hint = near(unknown[0], [*_RECOMPUTE_NAMES, OFFLOADED]) or f"allowed: {', '.join(_RECOMPUTE_NAMES)}"
+            forms = "; also selective:NAME,NAME, offload, offload:LAYERS, or these joined by +"
+            raise ConfigError(f"recompute: found {unknown[0]!r}; {hint}{forms}")
+        found |= {part: 1.0 for name in names for part in _RECOMPUTE_NAMES[name]}
+    return found
+
+
+def _layers_of(term: str, count: str) -> float:
+    if term == OFFLOADED:
+        return math.inf
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"recompute: found {term!r}; after offload: comes a number of layers, such as offload:20")
+    return float(count)
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ class Points:
     global_batch: Array
     """Sequences of a step, on all devices."""
     recompute: Mapping[str, Array] = field(default_factory=dict)
-    """0 or 1 by part of RECOMPUTED; absent parts are kept."""
+    """0 or 1 by part of RECOMPUTED; absent parts are kept. By OFFLOADED: layers of a stage."""
 
     @classmethod
     def of(
@@ -132,7 +153,7 @@ class Points:
         degrees = {f.name: column([getattr(layout, f.name) for layout in layouts]) for f in fields(Layout)}
         each = [recompute] * n if isinstance(recompute, str) else list(recompute)
         parts = [recompute_parts(name) for name in each]
-        again = {part: column([float(part in some) for some in parts]) for part in RECOMPUTED}
+        again = {part: column([some.get(part, 0.0) for some in parts]) for part in (*RECOMPUTED, OFFLOADED)}
         return cls(
             **degrees,
             micro_batch=column(micro_batch),
@@ -145,12 +166,17 @@ class Points:
         return len(self.tp)
 
     def again(self, part: str) -> Array:
-        """1 where a part is computed again, 0 elsewhere."""
+        """1 where a part is computed again, 0 elsewhere; of OFFLOADED as many layers as are given."""
         return self.recompute.get(part, np.zeros(len(self)))
 
     @property
     def num_devices(self) -> Array:
         return self.tp * self.cp * self.pp * self.dp
+
+    def offloaded(self, num_layers: int) -> Array:
+        """The part of a stage's layers whose activations are on the host."""
+        mine = num_layers / self.pp
+        return np.asarray(np.minimum(self.again(OFFLOADED), mine) / mine)
 
     @property
     def tokens(self) -> Array:

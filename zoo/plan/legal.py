@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import gcd
+from string import Formatter
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from zoo.spec.base import ConfigError
 from zoo.spec.model import ModelSpec
 from zoo.spec.moe import MoESpec
 from zoo.spec.parallel import ParallelSpec
+
+ENDS = 2
+"""Embedding and head, each of which may stand for a layer when a model is cut into pieces (Megatron-Core's
+`account_for_embedding_in_pipeline_split` and `account_for_loss_in_pipeline_split`)."""
 
 
 def head_counts(spec: ModelSpec) -> int:
@@ -36,12 +41,13 @@ def problems(spec: ModelSpec, points: Points, uneven_stages: bool = False) -> It
     if heads:
         yield f"tp {{tp}} must divide the {heads} heads of every mixer", _rest(heads, p.tp)
     yield f"tp {{tp}} must divide the width of the model, {spec.d_model}", _rest(spec.d_model, p.tp)
-    rule = f"pp * vp, {{pp}} * {{vp}}, must not exceed the {layers} layers"
-    yield rule, stages > layers
+    rule = f"pp * vp, {{pp}} * {{vp}}, must not exceed the {layers} layers, embedding and head"
+    yield rule, stages > layers + ENDS
     if not uneven_stages:
+        even = np.any([np.mod(layers + ends, stages) == 0 for ends in range(ENDS + 1)], axis=0)
         rule = f"pp * vp, {{pp}} * {{vp}}, must divide the {layers} layers; or allow uneven stages (uneven_stages=True)"
-        yield rule, _rest(layers, stages) & (stages <= layers)
-    yield "vp {vp} needs several stages; pp is 1", (p.vp > 1) & (p.pp == 1)
+        yield rule, np.asarray(~even & (stages <= layers + ENDS), dtype=np.bool_)
+    yield "vp {vp} needs several stages; pp is {pp}", (p.vp > 1) & (p.pp == 1)
     yield "ep {ep} needs experts; the model has none: set it to 1", (p.ep > 1) & (not experts)
     for count in sorted(set(experts)):
         yield f"ep {{ep}} must divide the {count} experts", _rest(count, p.ep)
@@ -69,12 +75,26 @@ def check(spec: ModelSpec, points: Points, uneven_stages: bool = False) -> None:
     Raises:
         ConfigError: one line for each rule that it breaks.
     """
-    numbers = {
-        name: int(value[0]) for name, value in vars(points).items() if isinstance(value, np.ndarray) and len(value)
-    }
-    lines = [rule.format(**numbers) for rule, mask in problems(spec, points, uneven_stages) if mask[0]]
+    lines = [rule.format(**_numbers(points)) for rule, mask in problems(spec, points, uneven_stages) if mask[0]]
     if lines:
         raise ConfigError("\n".join(f"layout: {line}" for line in lines))
+
+
+def check_given(spec: ModelSpec, point: Points, given: Collection[str]) -> None:
+    """Raise for one layout of which only some numbers are given: no others can make a rule hold that names these alone.
+
+    Raises:
+        ConfigError: the first such rule that is broken.
+    """
+    for rule, mask in problems(spec, point, uneven_stages=True):
+        named = {name for _, name, _, _ in Formatter().parse(rule) if name}
+        if mask[0] and named <= set(given):
+            raise ConfigError(f"layout: {rule.format(**_numbers(point))}")
+
+
+def _numbers(points: Points) -> dict[str, int]:
+    """Of the first."""
+    return {name: int(value[0]) for name, value in vars(points).items() if isinstance(value, np.ndarray) and len(value)}
 
 
 def _rest(whole: Array | float, part: Array) -> Mask:

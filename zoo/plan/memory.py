@@ -11,10 +11,24 @@ from zoo.plan.products import Sizes, Use, sizes_of, uses_of
 from zoo.spec.model import ModelSpec
 
 GIB = 2.0**30
-ALLOCATOR = 1.04
-"""Reserved over allocated, the median of measured runs (planners.md, section 1)."""
-STATE_BYTES = {"adamw": 8.0, "adam": 8.0, "muon": 4.0, "sgd": 0.0, "sgd_momentum": 4.0}
-"""Of an optimizer's moments for each parameter, in fp32."""
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adam": 8.0,
+    "muon": 4.0,
+    "sgd": 0.0,
+    "sgd_momentum": 4.0,
+    "adamw_bf16": 4.0,
+    "adamw_8bit": 2.0,
+    "adamw_host": 8.0,
+}
+"""Of an optimizer's moments for each parameter: in fp32, in bf16 (Megatron-Core's precision-aware optimizer), or in a
+byte each (arXiv:2110.02861)."""
+ON_HOST = ("adamw_host",)
+"""Optimizers whose moments and master weights are kept, and updated, by the host."""
+EVERY_OTHER_OF_MIXER = 0.125
+"""Of a mixer's inner activations, those that recomputing every other product does without."""
+LAYERS_UNDER_WAY = 2.0
+"""Of those whose activations go to the host: the one that is worked on and the one that is moved."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,10 @@ class Storage:
     """One more byte for each element that leaves a branch."""
     sequence_parallel: bool = True
     """The residual stream is shared among the devices of tensor parallelism as well."""
+    gathered: float = 2.0
+    """Layers whose sharded weights are whole at the same time: the one that is worked on and the next."""
+    states_on_host: bool = False
+    """Master weights and moments take no memory of the device."""
 
 
 def memory_of(
@@ -70,7 +88,7 @@ def _stage(spec: ModelSpec, uses: list[Use], sizes: Sizes, p: Points, s: Storage
     kept = dense / p.shard + experts / p.expert_shard
     spread = dense / (p.dp * p.cp) + experts / np.maximum(p.expert_dp, 1.0)
     states = np.where(sharded, kept, spread if s.spread_states else dense + experts)
-    gathered = np.where(sharded, 2.0 * (dense + experts) / (spec.num_layers / p.pp + 1) * s.weight, 0.0)
+    gathered = np.where(sharded, s.gathered * (dense + experts) / (spec.num_layers / p.pp + 1) * s.weight, 0.0)
     in_flight = flight(p) if first else np.where(alone, 1.0, np.minimum(1.0 + (p.pp - 1) / p.pp * (p.vp > 1), p.pp))
     activations, dispatch = activation_bytes(spec, uses, p, s, in_flight)
     ends = alone | (not first)
@@ -80,7 +98,7 @@ def _stage(spec: ModelSpec, uses: list[Use], sizes: Sizes, p: Points, s: Storage
     parts = {
         "weights": kept * weight + gathered,
         "gradients": kept * s.gradient,
-        "optimizer": states * (master + s.moments),
+        "optimizer": states * (0.0 if s.states_on_host else master + s.moments),
         "activations": activations,
         "dispatch": dispatch,
         "logits": logits,
@@ -95,35 +113,57 @@ def flight(p: Points) -> Array:
 
 
 def activation_bytes(spec: ModelSpec, uses: list[Use], p: Points, s: Storage, in_flight: Array) -> tuple[Array, Array]:
-    """Bytes that layers keep, and those of them that are copies of tokens at experts [n] each."""
+    """Bytes that layers keep on the device, and those of them that are copies of tokens at experts [n] each."""
+    kept, routed, widest = micro_batch_bytes(spec, uses, p, s)
+    peak = np.where(p.again("full") > 0, 2 * widest, 0.0)
+    share = p.offloaded(spec.num_layers)
+    layers = in_flight * spec.num_layers / p.pp
+    here = 1.0 - share + np.minimum(share, LAYERS_UNDER_WAY / layers)
+    return kept * in_flight * here + peak, routed * in_flight * here
+
+
+def offloaded_bytes(spec: ModelSpec, uses: list[Use], p: Points, s: Storage) -> Array:
+    """Bytes of one micro-batch that a mean stage sends to its host, and fetches back [n]."""
+    kept, routed, _ = micro_batch_bytes(spec, uses, p, s)
+    return np.asarray((kept + routed) * p.offloaded(spec.num_layers))
+
+
+def micro_batch_bytes(spec: ModelSpec, uses: list[Use], p: Points, s: Storage) -> tuple[Array, Array, Array]:
+    """Bytes that the layers of a mean stage keep of one micro-batch: in all but copies of tokens at experts, in these,
+    and all that the largest block has while it is worked on [n] each."""
     full, tokens = p.again("full"), p.tokens / p.tp
     stream = np.ones(len(p)) if s.sequence_parallel else p.tp
     kept, routed, widest = np.zeros(len(p)), np.zeros(len(p)), np.zeros(len(p))
     for use in uses:
-        parts = use.cost.activations()
-        inner, hidden = parts["inner"], parts["hidden"]
-        inputs = parts["inputs"] * stream
-        own = inputs * (1 - 0.5 * p.again("act"))
-        own = own + inner * (1 - 0.5 * p.again("every_other")) + hidden * (1 - p.again("act"))
-        if not use.is_mixer and not use.experts:
-            own = inputs * 0.5 + (own - inputs * 0.5) * (1 - p.again("mlp"))
-        if use.is_mixer:
-            own = own - p.again("up") * _from_latents(use)
-        sent = (parts["routed"] * p.etp + parts["experts"] * (1 - 0.4 * p.again("act"))) * (1 - p.again("moe"))
-        byte = own * s.activation + (spec.d_model * stream if s.dropout else 0.0)
+        parts, times = use.cost.activations(), use.times / p.pp
+        byte = _kept_elements(use, p, stream) * s.activation + (spec.d_model * stream if s.dropout else 0.0)
         if use.is_mixer and not s.fused_attention:
             heads = getattr(use.cost.spec, "num_heads", 0)
             byte = byte + 5.0 * heads * p.seq_len * (1 - p.again("core"))
-        times = use.times / p.pp
-        whole = byte * tokens
-        moved = sent * s.activation * tokens
+        sent = (parts["routed"] * p.etp + parts["experts"] * (1 - 0.4 * p.again("act"))) * (1 - p.again("moe"))
+        whole, moved = byte * tokens, sent * s.activation * tokens
         widest = np.maximum(widest, whole + moved)
         kept = kept + times * whole * (1 - full)
         routed = routed + times * moved * (1 - full)
     per_layer = spec.d_model * stream * s.activation * tokens * spec.num_layers / p.pp
-    kept = np.where(full > 0, per_layer, kept)
-    peak = np.where(full > 0, 2 * widest, 0.0)
-    return kept * in_flight + peak, routed * in_flight
+    return np.where(full > 0, per_layer, kept), routed, widest
+
+
+def _kept_elements(use: Use, p: Points, stream: Array) -> Array:
+    """Elements that a token keeps in a block, copies at experts aside [n]."""
+    parts = use.cost.activations()
+    act, other = p.again("act"), p.again("every_other")
+    inputs = parts["inputs"] * stream * (1 - 0.5 * np.maximum(act, other))
+    if use.is_mixer:
+        # Of the products with queries, keys, values and the output every other one is kept, and what attention gives:
+        # all but the keys, an eighth with few of them. Of a gate and its partner it is the half.
+        own = inputs + parts["inner"] * (1 - EVERY_OTHER_OF_MIXER * other) + parts["hidden"] * (1 - act)
+        return np.asarray(own - p.again("up") * _from_latents(use))
+    own = inputs + parts["inner"] * (1 - 0.5 * other) + parts["hidden"] * (1 - np.maximum(act, other))
+    if use.experts:
+        return np.asarray(own)
+    entered = parts["inputs"] * stream * 0.5
+    return np.asarray(entered + (own - entered) * (1 - p.again("mlp")))
 
 
 def _from_latents(use: Use) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from zoo.plan.explain import described, in_words
+from zoo.plan.explain import described, different, in_words
 from zoo.plan.report import TIGHT, as_text
 from zoo.plan.wording import count, seconds
 
@@ -42,6 +42,11 @@ CAPTIONS = {
         "The step with less (orange) and more (blue) of each resource, everything else as it is.",
     ),
 }
+LEGEND = (
+    "One of each way to divide the model. tp: devices that share the matrices of a layer; pp: stages, in vp pieces "
+    "each; cp: devices that share a sequence; ep: groups that share the experts, etp: devices that share an expert; "
+    "dp: replicas; shard: devices that share the weights of a replica. Degrees of one are left out."
+)
 MOST_ROWS = 12
 
 
@@ -62,7 +67,7 @@ def page(plan: Plan, drawn: Mapping[str, Figure], further: Mapping[str, list[Ren
         _section("Why this one", plan.reasons),
         _section("What runs out first", in_words(plan.limits)),
         *(_picture(name, figure) for name, figure in drawn.items()),
-        f"<h2>The best layouts</h2>{_layouts(plan)}",
+        f'<h2>The best layouts</h2><p class="note">{escape(LEGEND)}</p>{_layouts(plan)}',
         *(f"<h2>{escape(name)}</h2><pre>{escape(as_text(lines))}</pre>" for name, lines in (further or {}).items()),
         f'<p class="note">{escape(_footer(plan))}</p>',
     ]
@@ -131,7 +136,7 @@ def svg_of(figure: Figure, name: str) -> str:
 
 def _layouts(plan: Plan) -> str:
     found, rows = plan.found, []
-    for row in range(min(MOST_ROWS, found.num_fitting)):
+    for row in different(found, MOST_ROWS):
         again = found.recompute(row)
         later = f"{found.seconds[row] / found.seconds[0] - 1:+.1%}" if row else ""
         cells = [str(found.layout(row)), "" if again == "none" else again]

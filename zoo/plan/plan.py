@@ -13,7 +13,7 @@ from zoo.plan import explain
 from zoo.plan.estimate import Estimate, estimate
 from zoo.plan.layout import Layout, Points
 from zoo.plan.legal import check
-from zoo.plan.question import DEGREES, Question, ask
+from zoo.plan.question import DEGREES, RESERVE, Question, ask
 from zoo.plan.search import Found, search
 from zoo.spec.base import ConfigError
 from zoo.spec.hardware import HardwareSpec
@@ -30,7 +30,7 @@ class Plan:
     question: Question
     best: Estimate
     runner_up: Estimate | None
-    """The best whose degrees differ in more than interleaving; None where there is no other."""
+    """The best that divides the model in another way; None where there is no other."""
     found: Found
     """All that was priced, in the precision of `best`."""
     tried: tuple[Found, ...]
@@ -180,7 +180,7 @@ def plan(
     mtp: bool | None = None,
     routing: str = "balanced",
     graphs: str | None = None,
-    reserve: float = 0.0,
+    reserve: float = RESERVE,
 ) -> Plan:
     """Find the quickest layout of a training step that fits into a machine.
 
@@ -195,7 +195,7 @@ def plan(
         recompute: As in `zoo.estimate`; absent: searched.
         tp, pp, vp, cp, ep, etp, dp, shard: Degrees of a `Layout` that are given; those absent are searched.
         engine: As in `zoo.estimate`, and so are `optimizer`, `mtp`, `routing` and `graphs`.
-        reserve: The part of the memory that has to stay free.
+        reserve: The part of the memory that has to stay free (an estimate's `fits` asks for none).
 
     Raises:
         ConfigError: something is unknown, no layout is legal, or none fits; the message says what is nearest.
@@ -238,9 +238,13 @@ def answer(question: Question) -> Plan:
 
 
 def _runner_up(found: Found) -> int | None:
-    """The best row whose degrees differ from the first's in more than interleaving."""
+    """The best row that divides the model in another way than the first does.
+
+    Interleaving, and devices that share long sequences instead of working on several short ones, do not count: they
+    cost the same to the last percent.
+    """
     same = np.ones(len(found), dtype=np.bool_)
-    for name in set(DEGREES) - {"vp"}:
+    for name in set(DEGREES) - {"vp", "cp", "dp"}:
         same &= found.table[name] == found.table[name][0]
     others = np.flatnonzero(~same & found.fits)
     return int(others[0]) if len(others) else None

@@ -11,11 +11,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zoo.plan.explain import described, grouped, in_words
+from zoo.plan.explain import described, different, grouped, in_words
 from zoo.plan.wording import amount, count, seconds
 
 if TYPE_CHECKING:
     from zoo.plan.budget import Budget
+    from zoo.plan.checkpoints import Checkpoints
     from zoo.plan.estimate import Estimate
     from zoo.plan.inference import Inference
     from zoo.plan.plan import Plan
@@ -141,7 +142,7 @@ def _time(plan: Plan) -> Table:
 
 def _layouts(plan: Plan) -> Table:
     found, rows = plan.found, []
-    for row in range(min(MOST_LAYOUTS, found.num_fitting)):
+    for row in different(found, MOST_LAYOUTS):
         again = found.recompute(row)
         later = found.seconds[row] / found.seconds[0] - 1
         rows.append(
@@ -215,15 +216,13 @@ def budget_report(found: Budget) -> list[RenderableType]:
 
     energy = "" if found.energy_mwh is None else f", {amount(found.energy_mwh)} MWh (rated power of the chips)"
     money = "" if found.cost is None else f", cost {found.cost:,.0f}"
-    waits = ""
-    if found.checkpoint_share is not None:
-        waits = f"; hourly checkpoints add {found.checkpoint_share:.2%} where training waits for them"
     return [
         _title("The run"),
         Text(
             f"  {count(found.tokens)} tokens: {amount(found.days)} days without interruption, "
-            f"{found.device_hours:,.0f} device-hours{energy}{money}{waits}"
+            f"{found.device_hours:,.0f} device-hours{energy}{money}"
         ),
+        Text(f"  {_checkpoints(found.checkpoints)}"),
         Text(
             f"  {found.flops:.3g} FLOPs, {amount(found.tokens_per_parameter)} tokens for each active parameter; "
             f"expected loss {found.loss:.3f} nats a token, were the active parameters a dense model"
@@ -234,6 +233,15 @@ def budget_report(found: Budget) -> list[RenderableType]:
         ),
         Text(f"  scaling law: {LAW_SOURCE}", style="dim"),
     ]
+
+
+def _checkpoints(found: Checkpoints) -> str:
+    speed = f"{found.write_gb_s:,.4g} GB/s{' (assumed; hardware.storage.write_gb_s=)' if found.assumed else ''}"
+    how = "while training waits (checkpoint_async=true: behind it)" if found.waits else "behind training"
+    return (
+        f"of that {found.share / (1 + found.share):.2%} for checkpoints of {found.gib:,.4g} GiB every "
+        f"{found.every:,} steps, each written in {seconds(found.write_s)} at {speed} {how}"
+    )
 
 
 def inference_report(found: Inference) -> list[RenderableType]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.plan.engine import Engine, default_engine
-from zoo.plan.layout import RECOMPUTED, Array, Layout, Mask, Points, recompute_parts
+from zoo.plan.layout import OFFLOADED, RECOMPUTED, Array, Layout, Mask, Points, recompute_parts
 from zoo.plan.legal import head_counts, legal, mixtures
 from zoo.plan.memory import memory_of, total
 from zoo.plan.price import CONTEXT_GIB, Prices, price, storage_of
@@ -26,7 +26,9 @@ Ints = NDArray[np.int64]
 Table = dict[str, Ints]
 
 MOST_MICRO_BATCH = 16
-"""Sequences of a micro-batch; kernels gain nothing from more."""
+"""Sequences of a micro-batch where a model is large; kernels gain nothing from more."""
+MOST_ELEMENTS = 2**28
+"""Of the residual stream of a micro-batch: up to here larger ones are tried, for small models gain from them."""
 LEAST_TOKENS = 512
 """Of a sequence on one device; context parallelism beyond that is not searched."""
 CHUNK = 16384
@@ -80,7 +82,7 @@ def families(q: Question) -> Table:
     table = _kept(table, n % (table["tp"] * table["pp"] * table["cp"]) == 0)
     table["dp"] = n // (table["tp"] * table["pp"] * table["cp"])
     table = _kept(table, (table["dp"] == q.fixed["dp"]) if "dp" in q.fixed else table["dp"] > 0)
-    table = _crossed(table, "micro_batch", _wanted(q, "micro_batch", _powers(MOST_MICRO_BATCH)))
+    table = _crossed(table, "micro_batch", _wanted(q, "micro_batch", micro_batches(q)))
     table = _kept(table, q.global_batch % (table["micro_batch"] * table["dp"]) == 0)
     table = _crossed(table, "ep", _wanted(q, "ep", divisors(experts) if experts else [1]))
     members = table["dp"] * table["cp"] * table["tp"]
@@ -97,8 +99,10 @@ def _wanted(q: Question, name: str, options: list[int]) -> list[int]:
     return [q.fixed[name]] if name in q.fixed else [int(option) for option in options]
 
 
-def _powers(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length())]
+def micro_batches(q: Question) -> list[int]:
+    """Sizes that are tried: those that divide the global batch."""
+    most = max(MOST_MICRO_BATCH, MOST_ELEMENTS // (q.seq_len * q.spec.d_model))
+    return [size for size in divisors(q.global_batch) if size <= most]
 
 
 def _crossed(table: Table, name: str, values: list[int]) -> Table:
@@ -136,7 +140,7 @@ def points_of(q: Question, table: Table) -> Points:
     """Rows as the cost model takes them."""
     n = len(table["tp"])
     parts = [recompute_parts(name) for name in q.recomputes]
-    lookup = {part: np.array([float(part in some) for some in parts]) for part in RECOMPUTED}
+    lookup = {part: np.array([some.get(part, 0.0) for some in parts]) for part in (*RECOMPUTED, OFFLOADED)}
     numbers = {name: table[name].astype(np.float64) for name in (*DEGREES, "micro_batch")}
     batch = {"seq_len": np.full(n, float(q.seq_len)), "global_batch": np.full(n, float(q.global_batch))}
     again = {part: values[table["recompute"]] for part, values in lookup.items() if values.any()}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from zoo.plan.budget import CHECKPOINT_EVERY_S, checkpoint_bytes
+from zoo.plan.checkpoints import checkpoints
 from zoo.plan.layout import Layout
 from zoo.plan.price import price
 from zoo.plan.question import Question
@@ -190,10 +190,15 @@ def _kept_seconds(plan: Plan, q: Question) -> float:
 
 
 def _storage(plan: Plan) -> Effect:
-    """Checkpoints, written while training waits."""
-    speed = plan.question.machine.storage.write_gb_s
-    if not speed:
-        return _unknown("storage", "not stated: hardware.storage.write_gb_s=...")
-    share = checkpoint_bytes(plan) / (speed * 1e9) / CHECKPOINT_EVERY_S
-    elasticity = -share / (1 + share)
-    return Effect("storage", f"{speed:,.4g} GB/s", None, None, elasticity, elasticity, "hourly checkpoints")
+    """Hourly checkpoints, written while training waits, in a time that is not part of the step's own."""
+    now = checkpoints(plan)
+
+    def change(factor: float) -> Change:
+        share = checkpoints(plan, storage_factor=factor).share
+        return Change(factor, plan.step_time_s * (1 + share) / (1 + now.share), plan.layout, moved=False)
+
+    elasticity = -now.share / (1 + now.share)
+    stated = "assumed, hardware.storage.write_gb_s=... states it" if now.assumed else "stated"
+    note = f"{stated}; hourly checkpoints of {now.gib:,.4g} GiB, while training waits"
+    value = f"{now.write_gb_s:,.4g} GB/s"
+    return Effect("storage", value, change(1 - STEP), change(1 + STEP), elasticity, elasticity, note)
