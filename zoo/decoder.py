@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.blocks.base import Context, State, initialize
 from zoo.blocks.embedding import Embedding, Head
 from zoo.blocks.layer import Layer, MTPBlock
-from zoo.blocks.linear_loss import IGNORED, linear_cross_entropy
+from zoo.blocks.linear_loss import IGNORED
 from zoo.blocks.norm import Norm
 from zoo.spec.model import ModelSpec
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Losses:
-    """The objective of one batch."""
+    """The objective of one batch; with peers (`zoo.blocks.base.Peers`), the parts of it that are this process's."""
 
     total: Tensor
     """Scalar: the cross-entropy plus every other term times its coefficient. What to call `backward` on."""
     items: dict[str, Tensor]
     """Every term by name without its coefficient, detached; `cross_entropy` is the mean over the targets that count."""
     num_tokens: Tensor
-    """int64 scalar: the targets that count."""
+    """int64 scalar: the targets that count, those of the peers too."""
 
 
 class Decoder(nn.Module):
@@ -46,6 +46,9 @@ class Decoder(nn.Module):
         self.spec = spec
         self.recompute: Literal["none", "layer"] = "none"
         """`layer` keeps only each layer's input for the backward pass and computes the rest again."""
+        self.decoding: Literal["auto", "eager", "compiled"] = "auto"
+        """How one token a row is passed when text is written: block by block (`eager`), or by kernels that are compiled
+        for this processor, in fp32 (`zoo.decoding`). `auto`: compiled where that is possible and worth it."""
         self.embed = Embedding(spec.vocab_size, spec.d_model, spec.embedding)
         self.layers = nn.ModuleList(Layer(spec, spec.kinds[kind]) for kind in spec.layer_kinds)
         self.norm = Norm(spec.d_model, spec.norm)
@@ -80,7 +83,7 @@ class Decoder(nn.Module):
         """The training objective: tokens and targets [b, s] int64; a target of -100 does not count."""
         context = context or Context.of(tokens)
         hidden = self.hidden(tokens, context)
-        total = cross_entropy = self._cross_entropy(hidden, targets)
+        total = cross_entropy = self._cross_entropy(hidden, targets, context)
         items = {"cross_entropy": cross_entropy.detach()}
         if self.mtp is not None and self.spec.mtp is not None:
             further = self._further_losses(hidden, tokens, targets, context)
@@ -89,16 +92,12 @@ class Decoder(nn.Module):
             for value, coefficient in zip(values, context.coefficients[name], strict=True):
                 total = total + coefficient * value
             items[name] = torch.stack(values).mean().detach()
-        return Losses(total, items, (targets != IGNORED).sum())
+        return Losses(total, items, _num_targets(targets, context))
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, context: Context) -> Tensor:
         """Mean over the targets that count; 0 when none does."""
-        head, spec = self.head, self.spec.head
-        weight = self.embed.weight if head.weight is None else head.weight
-        summed = linear_cross_entropy(
-            hidden.flatten(0, -2), weight, targets.flatten(), head.bias, spec.scale, spec.softcap
-        )
-        return summed / (targets != IGNORED).sum().clamp_min(1)
+        summed = self.head.cross_entropy(hidden, self.embed.weight, targets)
+        return summed / _num_targets(targets, context).clamp_min(1)
 
     def _further_losses(self, hidden: Tensor, tokens: Tensor, targets: Tensor, context: Context) -> list[Tensor]:
         """The cross-entropy of every depth of multi-token prediction."""
@@ -108,8 +107,10 @@ class Decoder(nn.Module):
             block = self.mtp[0 if self.spec.mtp.shared else depth - 1]
             shifted, goals = tokens.roll(-depth, 1), targets.roll(-depth, 1)
             goals[:, -depth:] = IGNORED
+            if context.documents is not None:
+                goals[context.documents.roll(-depth, 1) != context.documents] = IGNORED
             hidden = block(hidden, self.embed(shifted, context), context)
-            losses.append(self._cross_entropy(hidden, goals))
+            losses.append(self._cross_entropy(hidden, goals, context))
         return losses
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
@@ -140,6 +141,11 @@ class Decoder(nn.Module):
         init, writes = self.spec.init, _count_writes(self.spec)
         out_std = init.std / math.sqrt(writes) if init.depth_scaled else init.std
         initialize(self, init.std, out_std)
+
+
+def _num_targets(targets: Tensor, context: Context) -> Tensor:
+    count = (targets != IGNORED).sum()
+    return count if context.peers is None else context.peers.sum_over_rows(count)
 
 
 def _count_writes(spec: ModelSpec) -> int:

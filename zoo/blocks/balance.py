@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.blocks.base import Context
+from zoo.blocks.base import Context, Peers
 from zoo.blocks.router import Routing
 
 
@@ -16,7 +16,7 @@ def count_choices(indices: Tensor, num_experts: int, valid: Tensor | None = None
     return counts.scatter_add_(1, indices.flatten(1), ones.flatten(1))
 
 
-def balance_loss(routing: Routing, level: str, valid: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing, level: str, valid: Tensor | None = None, peers: Peers | None = None) -> Tensor:
     """e * sum_i f_i P_i: f_i the share of choices that go to expert i, P_i its mean share of a token's scores.
 
     1 when the choices or the scores are spread evenly, e / c when all tokens want and get the same c experts.
@@ -27,9 +27,10 @@ def balance_loss(routing: Routing, level: str, valid: Tensor | None = None) -> T
             `sequence`: in each row by itself, then the mean over the rows that have a valid token; f of the choices
             that the scores alone would make (arXiv:2412.19437, equations 17 to 20).
         valid: [r, s] bool, the tokens that count; None: all.
+        peers: who holds the rest of the batch.
 
     Returns:
-        A scalar, fp32. The gradient flows through P.
+        A scalar, fp32, or the part of it that is these tokens'. The gradient flows through P.
     """
     scores = routing.scores
     num_choices, num_experts = routing.indices.shape[-1], scores.shape[-1]
@@ -41,18 +42,32 @@ def balance_loss(routing: Routing, level: str, valid: Tensor | None = None) -> T
     summed = shares.sum(1)
     if level == "batch":
         counts, summed = counts.sum(0, keepdim=True), summed.sum(0, keepdim=True)
+        counts = _everywhere(counts, peers)
+    elif peers is not None:
+        counts = peers.sum_within_rows(counts)
     num_tokens = counts.sum(-1, keepdim=True) // num_choices
     per_token = 1 / num_tokens.clamp_min(1)
     by_row = num_experts * (counts * per_token / num_choices * (summed * per_token)).sum(-1)
-    return by_row.sum() / (num_tokens > 0).sum().clamp_min(1)
+    num_rows = (num_tokens > 0).sum()
+    if peers is not None and level == "sequence":
+        num_rows = peers.sum_over_rows(num_rows)
+    return by_row.sum() / num_rows.clamp_min(1)
 
 
-def z_loss(routing: Routing, valid: Tensor | None = None) -> Tensor:
-    """mean(logsumexp(logits) ** 2) over the tokens that count (arXiv:2202.08906, equation 5): a scalar, fp32."""
+def z_loss(routing: Routing, valid: Tensor | None = None, peers: Peers | None = None) -> Tensor:
+    """mean(logsumexp(logits) ** 2) over the tokens that count (arXiv:2202.08906, equation 5): a scalar, fp32.
+
+    With peers, the part of it that is these tokens'.
+    """
     squares = routing.logits.logsumexp(-1).square()
-    if valid is None:
+    if valid is None and peers is None:
         return squares.mean()
-    return (squares * valid).sum() / valid.sum().clamp_min(1)
+    valid = torch.ones_like(squares, dtype=torch.bool) if valid is None else valid
+    return (squares * valid).sum() / _everywhere(valid.sum(), peers).clamp_min(1)
+
+
+def _everywhere(counts: Tensor, peers: Peers | None) -> Tensor:
+    return counts if peers is None else peers.sum_over_rows(peers.sum_within_rows(counts))
 
 
 def valid_tokens(context: Context | None, seq_len: int) -> Tensor | None:

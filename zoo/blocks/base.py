@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections import UserDict
+from collections.abc import Callable, Hashable, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -17,6 +18,21 @@ from zoo.spec.norm import NormSpec
 T = TypeVar("T")
 
 
+class Peers(Protocol):
+    """The processes that share one batch. Each computes its part of every mean, and the parts add up to it.
+
+    What is summed takes no part in gradients.
+    """
+
+    def sum_within_rows(self, counts: Tensor) -> Tensor:
+        """The sum over the processes that hold other tokens of the same rows."""
+        ...
+
+    def sum_over_rows(self, counts: Tensor) -> Tensor:
+        """The sum over the processes that hold other rows."""
+        ...
+
+
 @dataclass
 class Context:
     """What the blocks of one forward pass share. Letters: `b` batch, `s` tokens of this pass."""
@@ -29,10 +45,13 @@ class Context:
     """[b] int64: how many tokens at the left of each row are padding; None: none anywhere."""
     documents: Tensor | None = None
     """[b, s] int64: tokens of a row exchange information only inside their own document; None: one document a row."""
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Terms of the objective beside the cross-entropy, one scalar for each layer that has the term."""
+    losses: MutableMapping[str, list[Tensor]] = field(default_factory=UserDict)
+    """Terms of the objective beside the cross-entropy, one scalar for each layer that has the term. No plain dict:
+    `fully_shard` copies those that it finds among the arguments of a layer."""
     coefficients: dict[str, list[float]] = field(default_factory=dict)
     """What each of `losses` is multiplied by before it is added."""
+    peers: Peers | None = None
+    """Who holds the rest of the batch; None: nobody, all of it is here."""
     recomputing: bool = False
     """True while activations are computed a second time in a backward pass: then nothing is recorded or counted."""
     _memo: dict[Hashable, Any] = field(default_factory=dict)

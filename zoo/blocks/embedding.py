@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.blocks.base import Context
+from zoo.blocks.linear_loss import linear_cross_entropy
 from zoo.spec.model import EmbeddingSpec, HeadSpec
 
 
@@ -22,13 +23,14 @@ class Embedding(nn.Module):
         self.scale = math.sqrt(d_model) if spec.scale == "sqrt_d_model" else spec.scale
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        x = F.embedding(tokens, self.weight)
+        return self.finish(F.embedding(tokens, self.weight), context.positions, self.positions)
+
+    def finish(self, x: Tensor, positions: Tensor, table: Tensor | None) -> Tensor:
+        """Scale the found rows x [b, s, d], and add those of the table of positions [b or 1, s] if there is one."""
         if self.scale != "none":
             # Rounded to the weights' dtype first: released models were trained with the rounded constant.
             x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        if self.positions is not None:
-            x = x + F.embedding(context.positions, self.positions)
-        return x
+        return x if table is None else x + F.embedding(positions, table)
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.weight, std=std)
@@ -46,12 +48,20 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(vocab_size)) if spec.bias else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        logits = F.linear(x, embedding if self.weight is None else self.weight, self.bias)
+        return self.scaled(F.linear(x, embedding if self.weight is None else self.weight, self.bias))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Logits [..., vocab] after the factor and the soft cap, if there are any."""
         if self.spec.scale != 1:
             logits = logits * self.spec.scale
         if self.spec.softcap is not None:
             logits = torch.tanh(logits / self.spec.softcap) * self.spec.softcap
         return logits
+
+    def cross_entropy(self, x: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+        """The summed cross-entropy of the logits of x [b, s, d] and targets [b, s] int64: a scalar, fp32 at least."""
+        weight, spec = embedding if self.weight is None else self.weight, self.spec
+        return linear_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), self.bias, spec.scale, spec.softcap)
 
     def init_weights(self, std: float, out_std: float) -> None:
         if self.weight is not None:

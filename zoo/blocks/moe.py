@@ -109,6 +109,7 @@ class MoE(Block):
             return
         # Recomputed like all else in a backward pass; the context keeps what the first pass records.
         if balance.aux_loss:
-            context.record("balance", balance_loss(routing, balance.level, valid), balance.aux_loss)
+            loss = balance_loss(routing, balance.level, valid, context.peers)
+            context.record("balance", loss, balance.aux_loss)
         if balance.z_loss:
-            context.record("router_z", z_loss(routing, valid), balance.z_loss)
+            context.record("router_z", z_loss(routing, valid, context.peers), balance.z_loss)
