@@ -16,45 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.planner_rows import runs
-from benchmarks.planner_table import ENGINES, REACH, Table, chip_name, table_of
+from benchmarks.planner_priors import (
+    AT_MOST_ONE,
+    CHIP_SPREAD,
+    NOISE,
+    ORDER_WEIGHT,
+    OWN,
+    OWN_SPREAD,
+    PACE_SPREAD,
+    SPREAD,
+    SPREADS,
+    TAIL,
+)
+from benchmarks.planner_rows import Run, family, model_of, runs
+from benchmarks.planner_table import ENGINES, REACH, RELEASES, Table, chip_name, newest_on, table_of
 from zoo.plan.engine import Constants
+from zoo.plan.error import kind_of_model
 from zoo.plan.step import step_of
 
 TARGET = Path(__file__).parents[1] / "zoo" / "plan" / "engine.json"
-
-SPREAD = 0.35
-"""Of shared constants around their first guess, in logarithms."""
-SPREADS = {
-    "step_s": 1.0,
-    "micro_s": 1.0,
-    "accumulate": 0.5,
-    "bubble": 0.05,
-    "launch_s": 0.7,
-    "jitter": 0.7,
-    "touches": 0.5,
-    "casts": 0.5,
-}
-OWN = (
-    "dense",
-    "dense_fp8",
-    "attention",
-    "grouped",
-    "touches",
-    "launch_s",
-    "tp_exposed",
-    "ep_exposed",
-    "dp_window",
-    "far",
-)
-OWN_SPREAD = 0.15
-PACE_SPREAD = {"pace": 0.08, "pace_moe": 0.15, "accumulate": 0.5, "dp_window": 0.5, "tp_exposed": 0.3, "micro_s": 1.5}
-CHIP_SPREAD = 0.05
-ORDER_WEIGHT = 1.0
-"""Of differences within a series over the errors themselves."""
-NOISE = 0.06
-"""Of a published number: what two runs of one recipe differ by."""
-AT_MOST_ONE = ("tp_exposed", "ep_exposed", "cp_exposed", "pp_exposed", "near", "far", "dense", "attention", "dp_window")
 
 
 @dataclass(frozen=True)
@@ -153,7 +133,7 @@ def solve(
     """A step of Gauss and Newton towards the most likely vector; residuals beyond 2 noises count by their size only."""
     jac, residual = doubled(table, jac, kept), doubled(table, residual, kept)
     scaled = np.abs(residual) / NOISE
-    robust = weights_of(table, kept) * np.minimum(1.0, 2.0 / np.maximum(scaled, 1e-9))
+    robust = weights_of(table, kept) * (TAIL + 1) / (TAIL + scaled**2)
     left = jac.T @ (jac * (robust / NOISE**2)[:, None]) + np.diag(1 / spreads**2)
     right = jac.T @ (residual * robust / NOISE**2) - theta / spreads**2
     return np.linalg.solve(left, right)
@@ -166,7 +146,7 @@ def weights_of(table: Table, kept: np.ndarray) -> np.ndarray:
 def loss(table: Table, residual: np.ndarray, theta: np.ndarray, spreads: np.ndarray) -> float:
     kept = np.ones(len(residual), dtype=bool)
     scaled = np.abs(doubled(table, residual, kept)) / NOISE
-    robust = np.where(scaled < 2, scaled**2 / 2, 2 * scaled - 2)
+    robust = (TAIL + 1) / 2 * np.log1p(scaled**2 / TAIL)
     return float(np.sum(weights_of(table, kept) * robust) + np.sum((theta / spreads) ** 2) / 2)
 
 
@@ -244,7 +224,8 @@ def result_of(model: Model, theta: np.ndarray) -> dict[str, Any]:
             }
             settings = described["epochs"].get(epoch, {})
             epochs[epoch] = {"constants": constants, **({"settings": settings} if settings else {})}
-        engines[engine] = {"settings": described["settings"], "constants": own, "epochs": epochs}
+        chips = newest_on(model.table)[engine]
+        engines[engine] = {"settings": described["settings"], "constants": own, "chips": chips, "epochs": epochs}
     reach = {}
     for chip, known in REACH.items():
         whole = {**REACH["*"], **known}
@@ -254,15 +235,47 @@ def result_of(model: Model, theta: np.ndarray) -> dict[str, Any]:
     return {"reach": reach, "shared": shared, "engines": engines}
 
 
+def kind_of(run: Run) -> str:
+    """What sort of model a run is of, as `zoo.plan.error` sorts them."""
+    spec = model_of(run.model)
+    assert spec is not None
+    return kind_of_model(spec)
+
+
+def errors_of(table: Table, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Median and 90th percentile of errors by what was left out of the fit and by the sort of model, over releases.
+
+    Args:
+        found: residuals [n] by what was left out.
+    """
+    tuned = [run.epoch in RELEASES[run.engine] for run in table.runs]
+    kinds = np.array([kind_of(run) if fine else "" for run, fine in zip(table.runs, tuned, strict=True)])
+    known = {spec.name for run in table.runs if (spec := model_of(run.model)) is not None}
+
+    def pair(residual: np.ndarray) -> list[float]:
+        error = np.abs(np.expm1(-residual))
+        return [float(f"{np.quantile(error, part):.3g}") for part in (0.5, 0.9)]
+
+    errors = {
+        title: {kind: pair(some[kinds == kind]) for kind in sorted(set(kinds) - {""})} for title, some in found.items()
+    }
+    chips = sorted({chip_name(str(chip)) for chip in table.chips})
+    return {"models": sorted(known), "chips": chips, **errors}
+
+
 def main() -> None:
     table = table_of(runs())
     model = Model(table)
     print(f"{len(table.runs)} runs, {len(model.vector.names)} numbers")
     theta, jac = fit(model)
-    TARGET.write_text(json.dumps(result_of(model, theta), indent=1) + "\n", encoding="utf-8")
+    models = [run.model.partition("@")[0] for run in table.runs]
+    groups = {"model": models, "family": [family(name) for name in models], "chip": list(table.chips)}
+    found = {title: left_out(model, theta, jac, names) for title, names in groups.items()}
+    for title, residual in found.items():
+        print(f"one {title} left out: {summary(residual)}")
+    result = {**result_of(model, theta), "errors": errors_of(table, found)}
+    TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {TARGET}")
-    for title, groups in (("model", [run.model for run in table.runs]), ("chip", list(table.chips))):
-        print(f"one {title} left out: {summary(left_out(model, theta, jac, groups))}")
 
 
 if __name__ == "__main__":

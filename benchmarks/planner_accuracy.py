@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.fit_planner import Model, Table, fit, left_out, table_of
 from benchmarks.harness import Row
-from benchmarks.planner_rows import runs
+from benchmarks.planner_rows import family, runs
 
 RECENT = ("megatron@26.04", "megatron@26.06", "fsdp@automodel", "maxtext@tpu")
 
@@ -23,7 +23,7 @@ def rows() -> list[Row]:
     model = Model(table)
     theta, jac = fit(model, say=False)
     found = []
-    models = [run.model for run in table.runs]
+    models = [run.model.partition("@")[0] for run in table.runs]
     for title, groups in (
         ("model", models),
         ("family", [family(name) for name in models]),
@@ -53,22 +53,15 @@ def rows() -> list[Row]:
     return [*found, speed()]
 
 
-FAMILIES = ("bloom", "mpt", "llama4", "llama", "gpt-oss", "gpt", "grok", "deepseek", "moonlight", "qwen")
-FAMILIES += ("nemotron-3", "nemotron", "gemma")
-"""The first that is found in a model's name."""
-SAME = {"moonlight": "deepseek"}
-
-
-def family(model: str) -> str:
-    """Models of one design: sizes, proxies and prototypes together."""
-    found = next((name for name in FAMILIES if name in model.lower()), model)
-    return SAME.get(found, found)
+TIE = 0.01
+"""Two runs of one recipe differ by as much."""
 
 
 def order(table: Table, residual: np.ndarray) -> tuple[float, float, int, int]:
     """Share of pairs in the right order, mean regret, and how many pairs and groups there are.
 
-    Runs of one layout in one group count as one, by their mean.
+    Runs of one layout in one group count as one, by their mean; pairs that differ by less than TIE are left out: what
+    was measured does not say which is better.
     """
     groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for run, log_error in zip(table.runs, residual, strict=True):
@@ -84,7 +77,7 @@ def order(table: Table, residual: np.ndarray) -> tuple[float, float, int, int]:
         for first in range(len(values)):
             for second in range(first):
                 truth, ours = values[first] - values[second]
-                if abs(truth) > 1e-6:
+                if abs(truth) >= TIE:
                     pairs += 1
                     right += (truth > 0) == (ours > 0)
         regrets.append(1 - np.exp(values[np.argmax(values[:, 1]), 0] - values[:, 0].max()))

@@ -50,9 +50,10 @@ SOFTWARE = (  # the first pattern that is found in the name of a software decide
     (r"AutoModel", "fsdp", "automodel"),
     (r"26\.06|26\.08|2026-07", "megatron", "26.06"),
     (r"26\.04|2026-05", "megatron", "26.04"),
-    (r"26\.02|600d069b", "megatron", "26.02"),
+    (r"26\.02", "megatron", "26.02"),
+    (r"600d069b|Megatron-Core v0\.15", "megatron", "dev"),  # step by step, untuned
     (r"25\.11|PR #3107", "megatron", "25.11"),
-    (r"Bridge NeMo container 25\.09|Megatron-Core (dev|v0\.15)", "megatron", "25.09"),
+    (r"Bridge NeMo container 25\.09|Megatron-Core dev", "megatron", "25.09"),
     (r"MaxText \(JAX\)|MaxText 2024|GKE", "maxtext", "gpu"),
     (r"PaxML", "maxtext", "paxml"),
     (r"MaxText", "maxtext", "tpu"),
@@ -83,14 +84,15 @@ def read(row: dict[str, str]) -> Run | None:
     """A row of the table as a run; None when it is no pretraining or leaves out too much."""
     software = row["software+version"]
     found = next(((e, v) for pattern, e, v in SOFTWARE if re.search(pattern, software)), None)
-    spec = model_of(row["model"])
+    name = shaped(row)
+    spec = model_of(name)
     if row["quality"] not in ("published", "derived") or row["kind"] != "pretrain" or "MLPerf" in row["notes"]:
         return None
     if found is None or spec is None or row["hardware"] not in MACHINES or not row["seq_len"] or not row["num_gpus"]:
         return None
     if not can_run(MACHINES[row["hardware"]], precision_of(row["precision"])):
         return None
-    if "NHIDDEN=14400" in row["notes"]:  # no heads, no layers stated, and widths that divide into no tiles
+    if re.search(r"NHIDDEN=14400|NHIDDEN=13824 NLAYERS=78 NHEADS=128", row["notes"]):  # heads that fill no tiles
         return None
     engine, epoch = found
     degrees = {name: int(row[name] or 1) for name in ("tp", "pp", "vp", "cp", "ep")}
@@ -109,7 +111,7 @@ def read(row: dict[str, str]) -> Run | None:
     if not row["micro_batch"] and engine == "maxtext" and row["global_batch"]:
         micro = max(1, round(int(row["global_batch"]) / devices))
     batch = int(row["global_batch"] or 0)
-    mtp = int(spec.mtp is not None and engine == "megatron")
+    mtp = int(spec.mtp is not None and engine == "megatron" and not re.search("no MTP|without MTP", row["notes"]))
     tokens = speed(row, spec, bool(mtp))
     if not batch or not tokens:
         return None
@@ -117,7 +119,7 @@ def read(row: dict[str, str]) -> Run | None:
         batch = max(1, round(batch / (micro * dp))) * micro * dp
     run = Run(
         row_id=row["row_id"],
-        model=row["model"],
+        model=name,
         hardware=MACHINES[row["hardware"]],
         domain=4 if "Kempner" in software else 0,
         network_gbit_s=next((rate for name, rate in NETWORKS.items() if name in software), 0),
@@ -142,6 +144,15 @@ def read(row: dict[str, str]) -> Run | None:
     # fms-fsdp recomputes whole blocks, and does not say how many of them.
     stated = row["recompute/offload"] and "fms-fsdp" not in software
     return run if stated or fits(run) else replace(run, recompute="full")
+
+
+def shaped(row: dict[str, str]) -> str:
+    """The name of a row's model, with its shape where the notes give one beside a name that stands for several."""
+    found = re.search(r"NHIDDEN=(\d+) NLAYERS=(\d+) NHEADS=(\d+)", row["notes"])
+    if not found or "proto" not in row["model"]:
+        return row["model"]
+    width = 12288 if found[2] in ("100", "106") else int(found[1])  # as its size and FLOP/s say
+    return f"{row['model']}@{width}x{found[2]}x{found[3]}"
 
 
 def fits(run: Run) -> bool:

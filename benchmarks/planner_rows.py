@@ -83,6 +83,18 @@ def runs() -> list[Run]:
         return [Run(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
+FAMILIES = ("bloom", "mpt", "llama4", "llama", "gpt-oss", "gpt", "grok", "deepseek", "moonlight", "qwen")
+FAMILIES += ("nemotron-3", "nemotron", "gemma")
+"""The first that is found in a model's name."""
+SAME = {"moonlight": "deepseek"}
+
+
+def family(model: str) -> str:
+    """Models of one design: sizes, proxies and prototypes together."""
+    found = next((name for name in FAMILIES if name in model.lower()), model)
+    return SAME.get(found, found)
+
+
 @cache
 def described() -> dict[str, Any]:
     return json.loads(MODELS.read_text(encoding="utf-8"))
@@ -90,18 +102,29 @@ def described() -> dict[str, Any]:
 
 @cache
 def model_of(name: str) -> ModelSpec | None:
-    """The description of a published model: the zoo's own where there is one; None if nothing describes it."""
-    entry = described().get(name)
+    """The description of a published model: the zoo's own where there is one; None if nothing describes it.
+
+    A prototype that was tried with several numbers of heads and widths says which behind an @: `NAME@14336x72x64`.
+    """
+    base, _, shape = name.partition("@")
+    entry = described().get(base)
     if entry is None:
         return None
     if "model" in entry:
-        return decode(ModelSpec, {"name": name, **entry["model"]}, name)
+        return decode(ModelSpec, {"name": base, **(reshaped(entry["model"], shape) if shape else entry["model"])}, name)
     if entry["zoo"] in zoo.list_models():
         spec = zoo.load(entry["zoo"])
     else:
         by_hand = described().get("@" + entry["zoo"])
         spec = decode(ModelSpec, by_hand["model"], name) if by_hand else None
     return spec and spec.replace(layers=entry["layers"]) if "layers" in entry else spec
+
+
+def reshaped(model: dict[str, Any], shape: str) -> dict[str, Any]:
+    """A dense model with another width, number of layers and number of heads."""
+    width, layers, heads = (int(number) for number in shape.split("x"))
+    changed = {**model, "d_model": width, "layers": f"{layers}*dense", "mlp": {**model["mlp"], "d_ffn": 4 * width}}
+    return {**changed, "attention": {**model["attention"], "num_heads": heads, "num_kv_heads": heads}}
 
 
 @cache

@@ -21,17 +21,17 @@ CONF = Path(__file__).parents[1] / "conf" / "hardware"
 
 REACH: dict[str, dict[str, float]] = {
     # Large kernels measured alone, over the peaks of conf/hardware/chip: throughput_notes.md, sections 3.1 and 3.2.
-    "*": {"fp32": 0.80, "bf16": 0.77, "fp8": 0.65, "fp4": 0.42, "int8": 0.65, "attention": 0.72},
+    "*": {"fp32": 0.80, "bf16": 0.77, "fp8": 0.72, "fp4": 0.42, "int8": 0.65, "attention": 0.72},
     "a100_sxm": {"bf16": 0.81, "attention": 0.69},
     "a100_sxm_40": {"bf16": 0.81, "attention": 0.69},
-    "h100_sxm": {"bf16": 0.82, "fp8": 0.69, "attention": 0.74},
-    "h100_sxm_96": {"bf16": 0.72, "fp8": 0.58, "attention": 0.65},
-    "h800_sxm": {"bf16": 0.82, "fp8": 0.69, "attention": 0.74},
-    "h200_sxm": {"bf16": 0.81, "fp8": 0.68, "attention": 0.72},
-    "b200": {"bf16": 0.73, "fp8": 0.59, "fp4": 0.50, "attention": 0.72},
-    "b300": {"bf16": 0.80, "fp8": 0.69, "fp4": 0.34, "attention": 0.87},
-    "gb200": {"bf16": 0.73, "fp8": 0.58, "fp4": 0.50, "attention": 0.71},
-    "gb300": {"bf16": 0.81, "fp8": 0.65, "fp4": 0.34, "attention": 0.82},
+    "h100_sxm": {"bf16": 0.82, "fp8": 0.71, "attention": 0.74},
+    "h100_sxm_96": {"bf16": 0.72, "fp8": 0.62, "attention": 0.65},
+    "h800_sxm": {"bf16": 0.82, "fp8": 0.71, "attention": 0.74},
+    "h200_sxm": {"bf16": 0.81, "fp8": 0.71, "attention": 0.72},
+    "b200": {"bf16": 0.75, "fp8": 0.75, "fp4": 0.50, "attention": 0.72},
+    "b300": {"bf16": 0.80, "fp8": 0.75, "fp4": 0.37, "attention": 0.87},
+    "gb200": {"bf16": 0.73, "fp8": 0.72, "fp4": 0.50, "attention": 0.71},
+    "gb300": {"bf16": 0.81, "fp8": 0.74, "fp4": 0.37, "attention": 0.82},
     "rtx_pro_6000": {"bf16": 0.90, "attention": 0.78},
     "l40s": {"bf16": 0.71, "attention": 0.59},
     "mi300x": {"bf16": 0.51, "fp8": 0.45, "attention": 0.40},
@@ -54,15 +54,21 @@ ENGINES: dict[str, dict[str, Any]] = {
         "settings": {"trains_mtp": True},
         "last": "26.06",
         "epochs": {
-            "2022": {"fused_attention": False},
             "deepspeed": {"fused_attention": False, "grad_bytes": 8.0},  # all-reduced in fp32
-            **{epoch: {"graphs": 1, **LEAN} for epoch in ("25.09", "25.11", "26.02", "26.04")},
+            **{epoch: {"graphs": 1, **LEAN} for epoch in ("dev", "25.09", "25.11", "26.02", "26.04")},
             "26.06": {"graphs": 2, **LEAN},
         },
     },
     "fsdp": {"settings": {}, "last": "automodel", "epochs": {}},
     "maxtext": {"settings": {"grad_bytes": 2.0}, "last": "tpu", "epochs": {}},
 }
+
+RELEASES = {
+    "megatron": ("2022", "24.09", "25.04", "25.09", "25.11", "26.02", "26.04", "26.06"),
+    "fsdp": ("2023", "2024", "2025", "automodel"),
+    "maxtext": ("gpu", "tpu"),
+}
+"""Epochs that followed each other, which others beside them did not."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,18 @@ def table_of(found: list[Run]) -> Table:
         np.array([alike[run.model, run.hardware, run.source] ** -0.35 for run in ordered]),
         np.unique([str((*run.series, run.recompute, run.graphs)) for run in ordered], return_inverse=True)[1],
     )
+
+
+def newest_on(table: Table) -> dict[str, dict[str, str]]:
+    """By engine and name of a chip, the newest release with runs on it, where that is not the newest of all."""
+    found: dict[str, dict[str, str]] = {}
+    for engine, releases in RELEASES.items():
+        seen = {(chip, run.epoch) for chip, run in zip(table.chips, table.runs, strict=True) if run.engine == engine}
+        newest = {
+            str(chip): release for release in releases for chip in sorted(set(table.chips)) if (chip, release) in seen
+        }
+        found[engine] = {chip_name(chip): release for chip, release in newest.items() if release != releases[-1]}
+    return found
 
 
 def setting(run: Run, name: str, usual: Any) -> Any:

@@ -91,6 +91,25 @@ def test_engines_follow_the_machine() -> None:
     assert {name.partition("@")[0] for name in engine_names()} == {"megatron", "fsdp", "maxtext"}
 
 
+def test_old_chips_run_what_was_published_on_them() -> None:
+    assert zoo.estimate("llama3_8b", "a100_8x").engine == "megatron@2022"
+    assert zoo.estimate("llama3_8b", "a100_8x", engine="megatron").engine == f"megatron@{engine_of('megatron').epoch}"
+    assert zoo.estimate("llama3_8b", "mi300x_8x").engine == f"megatron@{engine_of('megatron').epoch}"  # none were
+
+
+def test_the_error_follows_what_was_fitted() -> None:
+    known = zoo.estimate("qwen3_30b_a3b", "h100_8x").error
+    other = zoo.estimate("glm_4_5", "h100_8x").error
+    elsewhere = zoo.estimate("qwen3_30b_a3b", "mi300x_8x").error
+    assert known
+    assert other
+    assert elsewhere
+    assert 0.01 < known.median < known.p90 < 1
+    assert known.median < other.median
+    assert [error.like.split()[-1] for error in (known, other, elsewhere)] == ["model", "family", "chip"]
+    assert zoo.estimate("nemotron_3_nano_30b_a3b", "h100_8x").error.like.startswith("hybrid")  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

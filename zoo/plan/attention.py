@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
-from zoo.plan.indexer import PART, block_indexer_mixing, block_indexer_weights
+from zoo.plan.indexer import PART, block_indexer_mixing, block_indexer_weights, choose_blocks
 from zoo.plan.norm import norm_weights
+from zoo.plan.operations import (
+    attended,
+    attended_eagerly,
+    gated,
+    keeping_input,
+    keeping_result,
+    norm,
+    projected,
+    scaled,
+    turned,
+)
+from zoo.plan.tape import Tape, Value
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.norm import NormSpec
 
@@ -78,6 +90,62 @@ class AttentionCost(Cost):
             if skip_masked:
                 pairs = chosen_pairs(seq_len, spec.indexer.block_size, spec.indexer.top_k)
         return {"scores": 2 * spec.num_heads * (self.head_dim + self.v_head_dim) * pairs / seq_len, **parts}
+
+    def forward(self, tape: Tape, x: Value) -> Value:
+        spec = self.spec
+        q, k, v = self._project(tape, x)
+        q, k = self._place(tape, q), self._place(tape, k)
+        if spec.query_scale is not None:
+            q = scaled(tape, q)
+        mask = tape.seq_len**2 if spec.window is not None and spec.window < tape.seq_len else 0
+        if spec.indexer is not None and tape.seq_len > spec.indexer.block_size * spec.indexer.top_k:
+            mask = tape.num_tokens * tape.seq_len * spec.num_heads
+            choose_blocks(tape, spec.indexer)
+        y = self._attend(tape, q, k, v, mask)
+        if spec.gate != "none":
+            rows = tape.num_tokens * spec.num_heads
+            gate = projected(
+                tape, x, self.d_model, rows * (self.v_head_dim if spec.gate == "element" else 1) // tape.num_tokens
+            )
+            y = gated(tape, y, keeping_result(tape, gate))
+        return projected(tape, y, spec.num_heads * self.v_head_dim, self.d_model, spec.out_bias)
+
+    def _project(self, tape: Tape, x: Value) -> tuple[Value, Value, Value]:
+        spec, inner = self.spec, self.norm.replace(type="rms", bias=False)
+        q_width, k_width = spec.num_heads * self.head_dim, spec.num_kv_heads * self.head_dim
+        v_width = spec.num_kv_heads * self.v_head_dim
+        q, k = (projected(tape, x, self.d_model, width, spec.qkv_bias) for width in (q_width, k_width))
+        v = k if spec.shared_kv else projected(tape, x, self.d_model, v_width, spec.qkv_bias)
+        if spec.qkv_clip is not None:
+            q, k, v = (keeping_input(tape, part) for part in (q, k, v))
+        if spec.qk_norm == "full" and not spec.qk_norm_after_rope:
+            q, k = norm(tape, q, q_width, self._qk_norm()), norm(tape, k, k_width, self._qk_norm())
+        if spec.v_norm:
+            v = norm(tape, v, self.v_head_dim, inner.replace(weight="none"))
+        return q, k, v if spec.value_scale == 1 else scaled(tape, v)
+
+    def _qk_norm(self) -> NormSpec:
+        weight = self.norm.weight if self.spec.qk_norm_weight == "model" else "none"
+        return self.norm.replace(type="rms", bias=False, weight=weight)
+
+    def _place(self, tape: Tape, x: Value) -> Value:
+        """Queries or keys, normed and at their positions."""
+        spec = self.spec
+        per_head = spec.qk_norm == "head" or (spec.qk_norm == "full" and spec.qk_norm_after_rope)
+        width = self.head_dim if spec.qk_norm == "head" else x.numel // tape.num_tokens
+        if per_head and not spec.qk_norm_after_rope:
+            x = norm(tape, x, width, self._qk_norm())
+        if spec.rope is not None:
+            x = turned(tape, x, self.head_dim, spec.rope.rotary_dim(self.head_dim), spec.rope)
+        if per_head and spec.qk_norm_after_rope:
+            x = norm(tape, x, width, self._qk_norm())
+        return x
+
+    def _attend(self, tape: Tape, q: Value, k: Value, v: Value, mask: int) -> Value:
+        spec, widths = self.spec, (self.head_dim, self.v_head_dim)
+        if spec.softcap is not None or spec.sink:
+            return attended_eagerly(tape, q, k, v, spec.num_heads, widths, spec.softcap is not None)
+        return attended(tape, q, k, v, num_heads=spec.num_heads, widths=widths, mask=mask)
 
     def cache(self, num_tokens: int) -> dict[str, float]:
         spec, groups = self.spec, self.spec.num_kv_heads

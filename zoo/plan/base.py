@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
+from zoo.plan.tape import Tape, Value
 from zoo.spec.base import mirrored
 from zoo.spec.block import BlockSpec
 from zoo.spec.norm import NormSpec
@@ -100,6 +101,10 @@ class Cost:
             else:
                 kept["inner"] += rows + (columns if columns != self.d_model else 0)
         return kept
+
+    def forward(self, tape: Tape, x: Value) -> Value:
+        """Tell `tape` what the module's forward pass does with memory: x [b, s, d_model] in, the same out."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its forward pass keeps")
 
     def cache(self, num_tokens: int) -> dict[str, float]:
         """Elements that a sequence of `num_tokens` leaves behind for the tokens after it, by what they are.

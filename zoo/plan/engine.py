@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -20,22 +20,26 @@ class Constants:
 
     dense: Any = 0.92
     """Speed of plain matrix products in training over that of the same product measured alone."""
-    dense_fp8: Any = 1.0
+    dense_fp8: Any = 0.92
     """The same of fp8 products."""
-    dense_fp4: Any = 1.2
+    dense_fp4: Any = 0.92
     """The same of fp4 products."""
-    grouped: Any = 0.75
+    grouped: Any = 0.80
     """Speed of the grouped products of experts over plain ones of their size."""
-    grouped_narrow: Any = 0.80
+    grouped_narrow: Any = 0.90
     """A further factor on grouped products of 8 bits or less."""
     attention: Any = 0.90
     """Speed of attention in training over that measured alone."""
-    recurrence: Any = 0.04
+    recurrence: Any = 0.012
     """Speed of recurrences in chunks over the peak of the chip."""
-    touches: Any = 2.0
+    touches: Any = 1.5
     """How often a kept activation is read or written by what is no matrix product, in a forward pass."""
-    casts: Any = 10.0
+    touches_routed: Any = 1.5
+    """The same of tokens on their way through experts."""
+    casts: Any = 8.0
     """Bytes that are moved for each element that is cast to a narrow dtype."""
+    casts_routed: Any = 12.0
+    """The same of what goes into experts, and of gradients that come back."""
     launch_s: Any = 2e-5
     """Host time of a kernel; nothing is launched faster."""
     launch_partial: Any = 0.7
@@ -46,16 +50,22 @@ class Constants:
     """A factor on the speeds of blocks with experts when whole iterations are captured: no gaps, no synchronization."""
     sustain: Any = 0.2
     """Exponent of a chip's power per peak FLOP/s, over that of an H100: clocks fall where power is short."""
-    near: Any = 0.72
+    near: Any = 0.70
     """Bandwidth of collectives inside a domain over that of the link."""
+    near_exchange: Any = 0.55
+    """The same of all-to-alls that bring tokens to experts: 0.62 on an H100 and 0.4 to 0.5 on B200 and GB200 as
+    measured (DeepEP, throughput_notes.md, section 3.4)."""
     far: Any = 0.75
     """Bandwidth of collectives between domains over that of the network."""
     start_s: Any = 1.2e-5
     """Until a collective in a group of one sends its first byte; longer by as much for each doubling."""
-    tp_exposed: Any = 0.6
+    tp_exposed: Any = 0.7
     """The part of tensor parallelism's traffic that nothing hides."""
     ep_exposed: Any = 0.8
     """The part of the traffic to experts and back that nothing hides."""
+    ep_full: Any = 0.3
+    """What is left of that when whole iterations are captured: then one micro-batch's exchanges run beside another's
+    work."""
     cp_exposed: Any = 0.4
     """The part of context parallelism's traffic that nothing hides."""
     pp_exposed: Any = 0.5
@@ -66,7 +76,7 @@ class Constants:
     """Waiting of pipeline stages over that of the schedule."""
     accumulate: Any = 8.0
     """Bytes that are moved for each weight when a micro-batch's gradients are added to those before."""
-    micro_s: Any = 1e-3
+    micro_s: Any = 6e-3
     """Of a micro-batch on a piece of a stage beside its work: the schedule, waiting for neighbours."""
     step_s: Any = 0.05
     """Of a step, beside its micro-batches: the update's launches, synchronization, logging."""
@@ -121,6 +131,10 @@ class Facts:
 
     def links(self, constants: Constants) -> Links:
         return Links(self.domain, self.near_byte_s * constants.near, self.far_byte_s * constants.far, constants.start_s)
+
+    def exchange_links(self, constants: Constants) -> Links:
+        """The same as all-to-alls find them."""
+        return replace(self.links(constants), near_byte_s=self.near_byte_s * constants.near_exchange)
 
 
 H100_WATTS = 700 / 989
@@ -192,6 +206,13 @@ def _data() -> dict[str, Any]:
     return data
 
 
+def errors() -> dict[str, Any]:
+    """What `benchmarks/fit_planner.py` found by cross-validation: the names of models and chips with runs in the fit,
+    and by what was left out (`model`, `family`, `chip`) and sort of model the median and 90th percentile of errors."""
+    found: dict[str, Any] = _data()["errors"]
+    return found
+
+
 def reach_of(chip: ChipSpec) -> dict[str, float]:
     """What large kernels reach of a chip's peaks, by dtype, and `attention`; the median of all chips if unmeasured."""
     table: dict[str, dict[str, float]] = _data()["reach"]
@@ -211,6 +232,8 @@ def engine_of(name: str) -> Engine:
         ConfigError: no such engine or release.
     """
     engines, (base, _, epoch) = _data()["engines"], name.partition("@")
+    if name in (LOCAL, f"{LOCAL}@measured"):
+        return Engine(LOCAL, "measured", Constants())
     if base not in engines or (epoch and epoch not in engines[base]["epochs"]):
         hint = near(name, engine_names()) or f"allowed: {', '.join(engine_names())}"
         raise ConfigError(f"engine: found {name!r}; {hint}")
@@ -221,8 +244,15 @@ def engine_of(name: str) -> Engine:
     return Engine(base, epoch, Constants(**values), **settings)
 
 
+LOCAL = "zoo"
+"""zoo's own training on the processor at hand, priced by what was measured there (`zoo.plan.here`)."""
+
+
 def default_engine(chip: ChipSpec, sharded: bool) -> str:
-    """The engine that is meant when none is named: by the kind of device, and whether weights are fully sharded."""
-    if chip.device == "xla":
-        return "maxtext"
-    return "fsdp" if sharded else "megatron"
+    """The engine that is meant when none is named: by the kind of device, and whether weights are fully sharded.
+
+    At the newest release whose runs on this chip were published; at the newest of all if none were.
+    """
+    base = "maxtext" if chip.device == "xla" else "fsdp" if sharded else "megatron"
+    epoch = _data()["engines"][base]["chips"].get(chip.name)
+    return f"{base}@{epoch}" if epoch else base

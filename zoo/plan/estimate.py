@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from zoo.plan.engine import Engine, default_engine, engine_of
+from zoo.plan.engine import LOCAL, Engine, engine_of
+from zoo.plan.error import Error, expected_error
 from zoo.plan.flops import FlopCount, count_flops
+from zoo.plan.here import engine_for, with_measured
 from zoo.plan.layout import Layout, Points
 from zoo.plan.legal import check
 from zoo.plan.price import Prices, Run, graphs_of, price
@@ -48,6 +50,8 @@ class Estimate:
     """By part of a step; the sum is step_time_s. What runs beside other work counts only as far as it is not hidden."""
     traffic: Mapping[str, float] = field(default_factory=dict)
     """Bytes that a device sends in a step, by kind, hidden or not."""
+    error: Error | None = None
+    """Of the tokens per second, as cross-validation on published runs found it; None for zoo's own training here."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -90,7 +94,7 @@ def estimate(
         recompute: `none`, `full`, `selective`, `selective:PART,PART` (`zoo.plan.layout`), or `auto`: none where that
             fits, else full.
         engine: Whose constants to use, `NAME` or `NAME@EPOCH` (`zoo.plan.engine.engine_names()`); absent: by the chip
-            and by whether weights are fully sharded, at the newest release.
+            and by whether weights are fully sharded, at the newest release with published runs on the chip.
         optimizer: `adamw`, `muon`, `sgd` and others (`zoo.plan.memory.STATE_BYTES`).
         mtp: Train the described blocks of multi-token prediction; absent: as the description and the engine do.
         routing: `balanced`: every expert gets as many tokens; `learned`: the busiest device waits for none.
@@ -101,13 +105,11 @@ def estimate(
         ConfigError: something is unknown or does not fit together; one line for each mistake.
     """
     spec, machine = described(model, hardware, overrides)
+    machine = with_measured(machine)
     layout = layout or Layout()
-    chosen = engine_of(engine or default_engine(machine.chip, layout.shard > 1))
+    chosen = engine_of(engine or engine_for(machine, layout.shard > 1))
     run = run_of(spec, machine, chosen, precision, optimizer, mtp, routing, graphs)
-    sizes = {"seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch}
-    for name, value in sizes.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}: found {value!r}; must be a positive integer")
+    _check_sizes({"seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch})
     batch = global_batch or micro_batch * layout.dp
     _check_devices(layout, overrides, machine)
     for tried in ("none", "full") if recompute == "auto" else (recompute,):
@@ -117,7 +119,6 @@ def estimate(
         if prices.fits[0]:
             break
     flops = count_flops(_with_mtp(spec, run.mtp), seq_len)
-    rate = float(prices.tokens_per_s[0])
     return Estimate(
         model=spec.name,
         hardware=machine.name,
@@ -129,16 +130,31 @@ def estimate(
         micro_batch=micro_batch,
         precision=precision,
         recompute=tried,
-        step_time_s=float(prices.seconds[0]),
-        tokens_per_s_per_device=rate,
-        mfu=flops.training * rate / float(prices.facts.peak),
         flops=flops,
-        memory_gib={name: float(value[0]) for name, value in prices.memory_gib.items()},
         memory_limit_gib=machine.chip.memory_gib,
-        fits=bool(prices.fits[0]),
-        time_s={name: float(np.broadcast_to(value, (1,))[0]) for name, value in prices.step.parts.items()},
         traffic=_traffic(prices, points, chosen),
+        error=None if chosen.name == LOCAL else expected_error(spec, machine.chip),
+        **_figures(prices, flops),
     )
+
+
+def _check_sizes(sizes: Mapping[str, int | None]) -> None:
+    for name, value in sizes.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}: found {value!r}; must be a positive integer")
+
+
+def _figures(prices: Prices, flops: FlopCount) -> dict[str, Any]:
+    """The fields of an estimate that are read off the prices of its one layout."""
+    rate = float(prices.tokens_per_s[0])
+    return {
+        "step_time_s": float(prices.seconds[0]),
+        "tokens_per_s_per_device": rate,
+        "mfu": flops.training * rate / float(prices.facts.peak),
+        "memory_gib": {name: float(value[0]) for name, value in prices.memory_gib.items()},
+        "fits": bool(prices.fits[0]),
+        "time_s": {name: float(np.broadcast_to(value, (1,))[0]) for name, value in prices.step.parts.items()},
+    }
 
 
 def described(

@@ -18,18 +18,25 @@ BACKWARD_SCORES = 2.5 / 0.84
 """Attention backward over forward: five products to two, at 0.84 of the speed."""
 
 
-def product_seconds(m: Array, n: Array, k: Array, stack: Array, flop_s: Array, byte_s: Array) -> Array:
-    """Seconds of [m, k] @ [k, n], or of `stack` such products whose rows sum to m.
+def product_seconds(
+    m: Array, n: Array, k: Array, stack: Array, flop_s: Array, byte_s: Array, width: Array | float = 2.0
+) -> Array:
+    """Seconds of [m, k] @ [k, n], or of `stack` such products whose rows sum to m; a stack of 0 is a plain product.
+
+    Grouped products do one after the other what plain ones do at once: measured alone with few wide and many narrow
+    experts, their time is the sum of arithmetic and traffic (benchmarks/fit_kernels.py).
 
     Args:
         flop_s: what large products reach.
         byte_s: what memory reaches.
+        width: bytes of a factor; products are written in bf16.
     """
-    grouped = stack > 1
+    grouped = stack > 0
     rows = m + np.where(grouped, stack * TILE_ROWS / 2, 0.0)
     arithmetic = 2 * rows * n * k / flop_s
-    traffic = 2 * (m * (n + k) + stack * n * k) / byte_s
-    return np.asarray(np.hypot(arithmetic, traffic) + START_S)
+    traffic = (m * (2 * n + width * k) + np.where(grouped, 0.4 * stack, 1.0) * width * n * k) / byte_s
+    both = np.where(grouped, arithmetic + traffic, np.hypot(arithmetic, traffic))
+    return np.asarray(both + START_S)
 
 
 def attention_seconds(flops: Array, keys: Array, width: Array, peak_flop_s: Array, reach: Array) -> Array:

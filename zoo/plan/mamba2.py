@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
+from zoo.plan.operations import convolved, keeping_input, norm, projected, times
+from zoo.plan.tape import Tape, Value
 from zoo.spec.mamba2 import Mamba2Spec
+from zoo.spec.norm import NormSpec
+
+CACHED_ELEMENTS = 2**18
+"""Up to this size of their matrices of decays, chunks are taken together: `zoo.blocks.ssd.CACHED_ELEMENTS`."""
 
 
 class Mamba2Cost(Cost):
@@ -32,6 +38,51 @@ class Mamba2Cost(Cost):
         inside = pairs * (spec.num_groups * spec.d_state + spec.d_inner)
         with_state = 2 * seq_len * spec.d_inner * spec.d_state
         return {"scan": 2 * (inside + with_state) / seq_len}
+
+    def forward(self, tape: Tape, x: Value) -> Value:
+        spec, d_model = self.spec, self.d_model
+        shared_width = spec.num_groups * spec.d_state
+        z = projected(tape, x, d_model, spec.d_inner, spec.bias)
+        dt = projected(tape, x, d_model, spec.num_heads, spec.bias)
+        parts = [projected(tape, x, d_model, width, spec.bias) for width in (spec.d_inner, shared_width, shared_width)]
+        xbc = tape.join(parts)
+        del parts
+        xbc = convolved(tape, xbc, spec.d_conv, spec.conv_width, spec.conv_bias, activated=True)
+        dt = tape.apply([dt], dt.numel, trains=spec.num_heads)
+        y = self._scan(tape, xbc, keeping_input(tape, dt))
+        return projected(tape, self._gated_norm(tape, y, z), spec.d_inner, d_model, spec.bias)
+
+    def _scan(self, tape: Tape, xbc: Value, dt: Value) -> Value:
+        """The recurrence in chunks: kept are its arguments and a state for each step; the rest is made again."""
+        spec, tokens = self.spec, tape.num_tokens
+        shared_width = spec.num_groups * spec.d_state
+        x, b, c = tape.split(xbc, [tokens * width for width in (spec.d_inner, shared_width, shared_width)])
+        length = min(spec.chunk_size, tape.seq_len)
+        square = tape.batch_size * spec.num_heads * spec.chunk_size**2
+        whole, rest = divmod(tape.seq_len, spec.chunk_size)
+        together = min(max(1, CACHED_ELEMENTS // square), max(whole, 1))
+        steps = -(-whole // together) + (rest > 0)
+        state = tape.batch_size * spec.d_inner * spec.d_state
+        decays = tape.batch_size * together * spec.num_heads * length**2
+        some = tape.batch_size * together * length * spec.d_inner
+        states = (together + 1) * state
+        y = tape.apply(
+            [x, dt, b, c],
+            tokens * spec.d_inner,
+            saves=[xbc, dt],
+            keeps=steps * state,
+            work=max(3 * decays, decays + 2 * some + states),
+            grad_work=max(4 * decays + 5 * some, 2 * decays + 7 * some) + 2 * states,
+            trains=spec.num_heads,
+        )
+        skipped = tape.apply([x], tokens * spec.d_inner, saves=[xbc], grad_work=x.numel, trains=spec.num_heads)
+        return tape.add(y, skipped)
+
+    def _gated_norm(self, tape: Tape, y: Value, z: Value) -> Value:
+        spec, opening = self.spec, keeping_input(tape, z)
+        if spec.norm_before_gate:
+            return times(tape, norm(tape, y, spec.d_inner, NormSpec()), opening)
+        return norm(tape, times(tape, y, opening), spec.d_inner, NormSpec())
 
     def cache(self, num_tokens: int) -> dict[str, float]:
         spec = self.spec

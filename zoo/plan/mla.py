@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from zoo.plan.attention import visible_pairs
 from zoo.plan.base import Cost, Weight, linear
-from zoo.plan.indexer import PART, indexer_mixing, indexer_weights
+from zoo.plan.indexer import PART, choose_keys, indexer_mixing, indexer_weights
 from zoo.plan.norm import norm_weights
+from zoo.plan.operations import attended, gated, keeping_input, keeping_result, norm, projected, scaled, turned
+from zoo.plan.tape import Tape, Value
 from zoo.spec.mla import MLASpec
 
 
@@ -48,6 +50,52 @@ class MLACost(Cost):
         if indexer is not None and not indexer.reuse:
             parts[PART] = indexer_mixing(indexer, (visible_pairs(seq_len) if skip_masked else seq_len**2) / seq_len)
         return parts
+
+    def forward(self, tape: Tape, x: Value) -> Value:
+        spec, heads, inner = self.spec, self.spec.num_heads, self.norm.replace(type="rms", bias=False)
+        q_source, d_query = x, self.d_model
+        if spec.d_q_latent is not None:
+            d_query = spec.d_q_latent
+            q_source = norm(tape, projected(tape, x, self.d_model, d_query, spec.latent_bias), d_query, inner)
+        q, memory = self._queries(tape, q_source, d_query), self._memory(tape, x)
+        chosen = spec.indexer is not None and tape.seq_len > spec.indexer.top_k
+        if chosen and spec.indexer is not None and not spec.indexer.reuse:
+            choose_keys(tape, spec.indexer)
+        y = self._attend(tape, q, memory, mask=tape.num_tokens * tape.seq_len if chosen else 0)
+        if spec.gate != "none":
+            width = heads * (spec.v_head_dim if spec.gate == "element" else 1)
+            opening = keeping_result(tape, keeping_input(tape, projected(tape, x, self.d_model, width)))
+            y = gated(tape, y, opening)
+        return projected(tape, y, heads * spec.v_head_dim, self.d_model, spec.out_bias)
+
+    def _queries(self, tape: Tape, q_source: Value, d_query: int) -> Value:
+        spec, heads = self.spec, self.spec.num_heads
+        q = projected(tape, q_source, d_query, heads * spec.qk_head_dim)
+        if spec.rope is not None:
+            rows = tape.num_tokens * heads
+            still, turning = tape.split(q, (rows * spec.nope_head_dim, rows * spec.rope_head_dim))
+            q = tape.join([still, turned(tape, turning, spec.rope_head_dim, spec.rope_head_dim, spec.rope)])
+        return q if spec.query_scale is None else scaled(tape, q)
+
+    def _memory(self, tape: Tape, x: Value) -> Value:
+        spec, width = self.spec, self.spec.d_kv_latent
+        inner = self.norm.replace(type="rms", bias=False)
+        latent = norm(tape, projected(tape, x, self.d_model, width, spec.latent_bias), width, inner)
+        if not spec.rope_head_dim:
+            return latent
+        shared = projected(tape, x, self.d_model, spec.rope_head_dim, spec.latent_bias)
+        if spec.rope is not None:
+            shared = turned(tape, shared, spec.rope_head_dim, spec.rope_head_dim, spec.rope)
+        return tape.join([latent, shared])
+
+    def _attend(self, tape: Tape, q: Value, memory: Value, mask: int) -> Value:
+        spec, heads, tokens = self.spec, self.spec.num_heads, tape.num_tokens
+        latent, shared = tape.split(memory, (tokens * spec.d_kv_latent, tokens * spec.rope_head_dim))
+        spread = tape.spread(shared, heads)
+        k = tape.join([projected(tape, latent, spec.d_kv_latent, heads * spec.nope_head_dim), spread])
+        v = projected(tape, latent, spec.d_kv_latent, heads * spec.v_head_dim)
+        widths = (spec.qk_head_dim, spec.v_head_dim)
+        return attended(tape, q, k, v, num_heads=heads, widths=widths, mask=mask)
 
     def cache(self, num_tokens: int) -> dict[str, float]:
         spec = self.spec

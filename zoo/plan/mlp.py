@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
+from zoo.plan.operations import activated, projected
+from zoo.plan.tape import Tape, Value
 from zoo.spec.mlp import MLPSpec
 
 
@@ -20,3 +22,9 @@ class MLPCost(Cost):
 
     def weights(self) -> list[Weight]:
         return mlp_weights(self.d_model, self.spec.d_ffn, self.spec.gated, self.spec.bias)
+
+    def forward(self, tape: Tape, x: Value) -> Value:
+        spec = self.spec
+        gate = projected(tape, x, self.d_model, spec.d_ffn, spec.bias) if spec.gated else None
+        up = projected(tape, x, self.d_model, spec.d_ffn, spec.bias)
+        return projected(tape, activated(tape, spec, up, gate), spec.d_ffn, self.d_model, spec.bias)

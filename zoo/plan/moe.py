@@ -5,9 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 
 from zoo.plan.base import Cost, Weight, linear
-from zoo.plan.mlp import mlp_weights
+from zoo.plan.experts import experts_forward
+from zoo.plan.mlp import MLPCost, mlp_weights
 from zoo.plan.norm import norm_weights
-from zoo.plan.router import router_cost
+from zoo.plan.operations import gated, keeping_result, norm, projected
+from zoo.plan.router import Routed, router_cost
+from zoo.plan.tape import Tape, Value
+from zoo.spec.mlp import ActivationSpec, MLPSpec
 from zoo.spec.moe import MoESpec
 
 
@@ -50,3 +54,50 @@ class MoECost(Cost):
         shared = mlp_weights(self.d_model, spec.d_shared, spec.gated, spec.bias)
         gate = linear("shared_gate", self.d_model, 1, part="shared") if spec.shared_gate else []
         return [weight.under("shared", "shared") for weight in shared] + gate
+
+    def forward(self, tape: Tape, x: Value, router_input: Value | None = None) -> Value:
+        spec = self.spec
+        router = router_cost(spec.router, self.d_model, spec.num_experts)
+        routed = router.forward(tape, router_input or x, spec.top_k)
+        losses = self._watched(tape, routed)
+        y = self._routed(tape, x, routed)
+        if spec.num_shared_experts:
+            y = tape.add(y, self._shared(tape, x))
+        return tape.adjoin(y, losses)
+
+    def _watched(self, tape: Tape, routed: Routed) -> list[Value]:
+        """The losses of balancing."""
+        balance, found = self.spec.balance, []
+        if balance.aux_loss:
+            found.append(
+                tape.apply([routed.scores], 1, saves=[routed.scores], keeps=tape.num_tokens, work=routed.scores.numel)
+            )
+        if balance.z_loss:
+            found.append(tape.apply([routed.logits], 1, saves=[routed.logits], keeps=2 * tape.num_tokens))
+        return found
+
+    def _routed(self, tape: Tape, x: Value, routed: Routed) -> Value:
+        spec, d_in = self.spec, self.spec.d_latent or self.d_model
+        if spec.d_latent:
+            x = projected(tape, x, self.d_model, d_in)
+        inner = self.norm.replace(type="rms", bias=False)
+        if getattr(spec.router, "weigh", "output") == "input":
+            num_choices = tape.num_tokens * spec.top_k
+            weighed = tape.apply(
+                [x, routed.weights], num_choices * d_in, saves=[x, routed.weights], grad_work=num_choices * d_in
+            )
+            y = experts_forward(tape, spec, weighed, None, d_in)
+            y = tape.apply([y], tape.num_tokens * d_in)
+        else:
+            y = experts_forward(tape, spec, x, routed.weights, d_in)
+        if spec.latent_norm:
+            y = norm(tape, y, d_in, inner)
+        return projected(tape, y, d_in, self.d_model) if spec.d_latent else y
+
+    def _shared(self, tape: Tape, x: Value) -> Value:
+        spec = self.spec
+        activation = {name: getattr(spec, name) for name in ActivationSpec.model_fields}
+        y = MLPCost(MLPSpec(d_ffn=spec.d_shared, **activation), self.d_model, self.norm).forward(tape, x)
+        if not spec.shared_gate:
+            return y
+        return gated(tape, y, keeping_result(tape, projected(tape, x, self.d_model, 1)))

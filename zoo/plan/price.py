@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from zoo.plan.engine import Engine, Facts, facts_of, reach_of
+from zoo.plan.engine import LOCAL, Engine, Facts, facts_of, reach_of
+from zoo.plan.here import priced_here
 from zoo.plan.kernels import beyond
 from zoo.plan.layout import OFFLOADED, Array, Mask, Points
 from zoo.plan.legal import mixtures
@@ -110,7 +111,8 @@ def price(spec: ModelSpec, hardware: HardwareSpec, points: Points, run: Run, eng
     memory = memory_of(spec, points, storage, mtp=run.mtp)
     memory["workspace"] = np.full(len(points), CONTEXT_GIB)
     gib, room = total(memory), hardware.chip.memory_gib or np.inf
-    return Prices(work, facts, step, seconds, work.tokens / seconds, memory, gib, gib <= room)
+    prices = Prices(work, facts, step, seconds, work.tokens / seconds, memory, gib, gib <= room)
+    return priced_here(prices, spec, hardware, points, run) if engine.name == LOCAL else prices
 
 
 def storage_of(engine: Engine, run: Run, facts: Facts) -> Storage:

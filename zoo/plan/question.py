@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from zoo.plan.engine import Engine, default_engine, engine_of
+from zoo.plan.engine import LOCAL, Engine, engine_of
 from zoo.plan.estimate import run_of
+from zoo.plan.here import engine_for
+from zoo.plan.here import with_measured as with_measured
 from zoo.plan.layout import Layout, Points, recompute_parts
 from zoo.plan.legal import check_given, mixtures
 from zoo.plan.price import Run
 from zoo.spec.base import ConfigError, decode
-from zoo.spec.hardware import HardwareSpec, PeakSpec
+from zoo.spec.hardware import HardwareSpec
 from zoo.spec.mla import MLASpec
 from zoo.spec.mlp import MLPSpec
 from zoo.spec.model import ModelSpec
@@ -64,7 +65,7 @@ class Question:
 
     def engine_for(self, sharded: bool) -> Engine:
         """The engine whose constants are used, by whether weights are fully sharded."""
-        return engine_of(self.engine or default_engine(self.machine.chip, sharded))
+        return engine_of(self.engine or engine_for(self.machine, sharded))
 
     def run(self, precision: str, engine: Engine) -> Run:
         return run_of(self.spec, self.machine, engine, precision, self.optimizer, self.mtp, self.routing, self.graphs)
@@ -109,21 +110,6 @@ def _check_names(given: Mapping[str, Any]) -> None:
             raise ConfigError(unknown_option(group, given[group], known()))
 
 
-def with_measured(machine: HardwareSpec) -> HardwareSpec:
-    """The machine; one that is to be detected with what this machine says of itself and what was measured on it."""
-    if not machine.detect or (machine.chip.tflops.bf16 and machine.chip.memory_gb_s):
-        return machine
-    here = importlib.import_module("zoo.hardware")  # a floor above: it asks the machine, through torch
-    local: HardwareSpec = here.local_hardware(machine)
-    chip = local.chip
-    if chip.tflops.fp32 and chip.memory_gb_s:
-        return local
-    speed = here.measure(chip)
-    known = {name: value for name, value in chip.tflops.to_dict().items() if value is not None}
-    peaks = PeakSpec(**{**speed.tflops, **known})
-    return local.replace(chip=chip.replace(tflops=peaks, memory_gb_s=chip.memory_gb_s or speed.memory_gb_s))
-
-
 def precision_of(machine: HardwareSpec, profile: str) -> str:
     """The precision of a machine's profile; where that is `auto`, bf16 if the machine is clearly faster in it."""
     peaks = machine.chip.tflops
@@ -162,6 +148,11 @@ def recomputes_of(spec: ModelSpec) -> tuple[str, ...]:
     return (*found, "selective_op", "full")
 
 
+def _recomputes(spec: ModelSpec, machine: HardwareSpec, engine: str | None) -> tuple[str, ...]:
+    """What an engine can compute again: zoo's own layers, or nothing."""
+    return ("none", "full") if (engine or engine_for(machine, False)) == LOCAL else recomputes_of(spec)
+
+
 def ask(
     model: str | ModelSpec,
     hardware: str | HardwareSpec,
@@ -196,7 +187,7 @@ def ask(
         seq_len=length,
         global_batch=global_batch or default_batch(spec, machine.num_devices, length),
         precisions=named or (precision_of(machine, profile),),
-        recomputes=recomputes_of(spec) if recompute is None else (recompute,),
+        recomputes=_recomputes(spec, machine, options.get("engine")) if recompute is None else (recompute,),
         fixed=kept,
         chosen=tuple(name for name, value in given.items() if value is None),
         **options,

@@ -103,6 +103,7 @@ def _head(plan: Plan) -> list[RenderableType]:
             f"  {seconds(best.step_time_s)} a step, {best.tokens_per_s_per_device:,.0f} tokens/s a device, "
             f"{count(best.tokens_per_s)} tokens/s in all, MFU {best.mfu:.1%}"
         ),
+        *([Text(f"  of these speeds: {best.error}")] if best.error else []),
         Text(f"  {used}{tight}"),
     ]
 

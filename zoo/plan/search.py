@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.plan.engine import Engine, default_engine
+from zoo.plan.engine import Engine
+from zoo.plan.here import engine_for
 from zoo.plan.layout import OFFLOADED, RECOMPUTED, Array, Layout, Mask, Points, recompute_parts
 from zoo.plan.legal import head_counts, legal, mixtures
 from zoo.plan.memory import memory_of, total
@@ -149,7 +150,7 @@ def points_of(q: Question, table: Table) -> Points:
 
 def engines_of(q: Question) -> list[tuple[Engine, bool | None]]:
     """The engines that take part, with the rows that they take: sharded, whole, or all (None)."""
-    if q.engine is not None or default_engine(q.machine.chip, True) == default_engine(q.machine.chip, False):
+    if q.engine is not None or engine_for(q.machine, True) == engine_for(q.machine, False):
         return [(q.engine_for(False), None)]
     return [(q.engine_for(False), False), (q.engine_for(True), True)]
 

@@ -9,7 +9,7 @@ import numpy as np
 from zoo.plan.collectives import Links, exchange_seconds, ring_seconds
 from zoo.plan.engine import Constants, Facts
 from zoo.plan.kernels import BACKWARD_SCORES, attention_seconds, beyond, product_seconds, smooth_max
-from zoo.plan.layout import Array, Points
+from zoo.plan.layout import Array, Mask, Points
 from zoo.plan.work import Work
 
 UPDATE_BYTES = 30.0
@@ -51,7 +51,7 @@ def step_of(
     links = facts.links(c)
     micro = compute_seconds(work, facts, c, fused, graphs)
     head = micro.pop("head")
-    moved = micro_traffic(work, p, links, c)
+    moved = micro_traffic(work, p, facts, c, np.asarray(graphs) == 2)
     stage = {name: value * work.layers for name, value in micro.items()}
     host = stage.pop("host")
     device = sum(stage.values(), np.zeros(1))
@@ -80,56 +80,71 @@ def compute_seconds(
     work: Work, facts: Facts, c: Constants, fused: Array | bool, graphs: Array | float
 ) -> dict[str, Array]:
     """Seconds of one micro-batch on the mean stage, forward and backward, by part; the head's are of the whole head."""
-    narrow = np.asarray(facts.bits < 16)
-    pace = c.pace * facts.power**c.sustain
-    speed = np.where(facts.bits >= 16, c.dense, np.where(facts.bits == 8, c.dense_fp8, c.dense_fp4)) * pace
-    grouped = work.stack > 1
-    moe = np.any(grouped & (work.times > 0), axis=0)
-    whole = np.asarray(graphs) == 2
-    pace_moe = np.where(moe, c.pace_moe * np.where(whole, c.pace_full, 1.0), 1.0)
-    launch = c.launch_s * np.where(whole, c.launch_full, np.where(np.asarray(graphs) == 1, c.launch_partial, 1.0))
-    factor = np.where(grouped, c.grouped * np.where(narrow, c.grouped_narrow, 1.0), 1.0)
-    flop_s = facts.peak * facts.reach * speed * factor
-    byte_s = 0.8 * facts.byte_s * c.pace
-    each = product_seconds(work.m, work.n, work.k, work.stack, flop_s, byte_s) * work.times * (3.0 + work.again)
-    busiest = np.where(grouped, work.routed_imbalance, 1.0)
-    each = each * busiest
-    scores = work.mix_keys > 0
-    fast = attention_seconds(
-        work.mix_flops, work.mix_keys, work.mix_width, facts.wide, facts.reach_attention * c.attention * pace
-    )
-    slow = work.mix_flops / (facts.wide * c.recurrence * pace)
-    core = np.where(scores, fast * (1.0 + BACKWARD_SCORES + work.mix_again), slow * (3.0 + work.mix_again))
+    pace, byte_s = c.pace * facts.power**c.sustain, 0.8 * facts.byte_s * c.pace
+    level = np.asarray(graphs)
+    moe = np.any((work.stack > 0) & (work.times > 0), axis=0)
+    pace_moe = np.where(moe, c.pace_moe * np.where(level == 2, c.pace_full, 1.0), 1.0)
+    launch = c.launch_s * np.where(level == 2, c.launch_full, np.where(level == 1, c.launch_partial, 1.0))
+    each = weight_seconds(work, facts, c, pace, byte_s)
     unfused = np.where(fused, 0.0, work.scores * SCORE_BYTES * 2 / byte_s)
-    touched = c.touches * 2.0 * (3.0 * work.elements + work.elements_again)
-    cast = np.where(narrow, c.casts * 3.0 * work.cast, 0.0)
-    head = product_seconds(
-        work.head_m, work.head_n, work.head_k, np.ones(1), facts.wide * facts.reach_wide * c.dense * pace, byte_s
-    )
+    flop_s = facts.wide * facts.reach_wide * c.dense * pace
+    head = product_seconds(work.head_m, work.head_n, work.head_k, np.zeros(1), flop_s, byte_s)
     logits = LOGIT_BYTES * work.head_m * work.head_n / byte_s
     return {
-        "experts": np.sum(np.where(grouped, each, 0.0), axis=0) / pace_moe,
-        "matmuls": np.sum(np.where(grouped, 0.0, each), axis=0) / pace_moe,
-        "mixing": np.sum(core, axis=0) + unfused,
-        "memory": (touched + cast) / byte_s / pace_moe,
+        "experts": np.sum(np.where(work.stack > 0, each, 0.0), axis=0) / pace_moe,
+        "matmuls": np.sum(np.where(work.stack > 0, 0.0, each), axis=0) / pace_moe,
+        "mixing": np.sum(mixing_seconds(work, facts, c, pace), axis=0) + unfused,
+        "memory": moved_bytes(work, facts, c) / byte_s / pace_moe,
         "host": work.kernels * 3.0 * launch / c.pace / pace_moe,
         "head": (3.0 * head + logits) * work.head_times,
     }
 
 
-def micro_traffic(work: Work, p: Points, links: Links, c: Constants) -> dict[str, Array]:
-    """Exposed seconds of what one micro-batch sends, by kind."""
-    t, full = work.traffic, p.again("full")
+def weight_seconds(work: Work, facts: Facts, c: Constants, pace: Array, byte_s: Array) -> Array:
+    """Seconds of every product with a weight, forward and backward [operations, n]."""
+    grouped, bits = work.stack > 0, facts.bits
+    speed = np.where(bits >= 16, c.dense, np.where(bits == 8, c.dense_fp8, c.dense_fp4)) * pace
+    factor = np.where(grouped, c.grouped * np.where(bits < 16, c.grouped_narrow, 1.0), 1.0)
+    flop_s = facts.peak * facts.reach * speed * factor
+    once = product_seconds(work.m, work.n, work.k, work.stack, flop_s, byte_s, bits / 8)
+    return np.asarray(once * work.times * (3.0 + work.again) * np.where(grouped, work.routed_imbalance, 1.0))
+
+
+def mixing_seconds(work: Work, facts: Facts, c: Constants, pace: Array) -> Array:
+    """Seconds of products of activations with each other, forward and backward [operations, n]."""
+    reach = facts.reach_attention * c.attention * pace
+    fast = attention_seconds(work.mix_flops, work.mix_keys, work.mix_width, facts.wide, reach)
+    slow = work.mix_flops / (facts.wide * c.recurrence * pace)
+    attention = fast * (1.0 + BACKWARD_SCORES + work.mix_again)
+    return np.asarray(np.where(work.mix_keys > 0, attention, slow * (3.0 + work.mix_again)))
+
+
+def moved_bytes(work: Work, facts: Facts, c: Constants) -> Array:
+    """Bytes that everything but products reads and writes, forward and backward [n]."""
+    touched = c.touches * 2.0 * (3.0 * work.elements + work.elements_again)
+    touched = touched + c.touches_routed * 2.0 * (3.0 * work.routed + work.routed_again)
+    cast = c.casts * work.cast + c.casts_routed * work.cast_routed
+    return np.asarray(touched + np.where(facts.bits < 16, cast, 0.0))
+
+
+def micro_traffic(work: Work, p: Points, facts: Facts, c: Constants, whole: Mask) -> dict[str, Array]:
+    """Exposed seconds of what one micro-batch sends, by kind; `whole`: whole iterations are captured."""
+    t, full, links, exchange = work.traffic, p.again("full"), facts.links(c), facts.exchange_links(c)
     experts_again = np.maximum(full, p.again("moe"))
     one = np.ones(len(p))
     tp = ring_seconds(2 * t.tp * (2.5 + full), t.tp_calls * (2.5 + full), t.tp_group, one, links)
     ep = exchange_seconds(
-        2 * t.ep * (2 + experts_again), t.ep_calls * (2 + experts_again), t.ep_group, p.etp, t.top_k, links
+        2 * t.ep * (2 + experts_again), t.ep_calls * (2 + experts_again), t.ep_group, p.etp, t.top_k, exchange
     )
     ep = ep + ring_seconds(2 * t.etp * (2 + experts_again), t.etp_calls * (2 + experts_again), t.etp_group, one, links)
     cp = ring_seconds(2 * t.cp * (3 + full), t.cp_calls * (3 + full), t.cp_group, p.tp, links)
     pp = ring_seconds(4 * t.pp, 2 * t.pp_calls, p.pp, p.tp * p.cp * p.dp, links)
-    return {"tp": c.tp_exposed * tp, "ep": c.ep_exposed * ep, "cp": c.cp_exposed * cp, "pp": c.pp_exposed * pp}
+    return {
+        "tp": c.tp_exposed * tp,
+        "ep": c.ep_exposed * np.where(whole, c.ep_full, 1.0) * ep,
+        "cp": c.cp_exposed * cp,
+        "pp": c.pp_exposed * pp,
+    }
 
 
 def shard_seconds(work: Work, p: Points, links: Links) -> Array:

@@ -14,6 +14,8 @@ from zoo.plan.products import Product, Use, uses_of, weights_on
 from zoo.plan.traffic import Traffic, traffic_of
 from zoo.spec.model import ModelSpec
 
+ROUTED = 2.0
+"""How much more often a token on its way to an expert and back is moved than one that stays: sorted, and gathered."""
 KERNELS = {"mixer": 14.0, "ffn": 8.0, "moe": 42.0}
 """Kernels that a host launches for a block in a forward pass, give or take; the host's time for each is fitted."""
 
@@ -26,7 +28,7 @@ class Work:
     n: Array
     k: Array
     stack: Array
-    """Matrices of a grouped product on this device; 1: a plain product. m counts the rows of all of them together."""
+    """Matrices of a grouped product on this device; 0: a plain product. m counts the rows of all of them together."""
     times: Array
     """Forward passes of a micro-batch through it."""
     again: Array
@@ -41,8 +43,13 @@ class Work:
     elements: Array
     """Activations that norms, rotations, nonlinearities and permutations read or write once, in a forward pass [n]."""
     elements_again: Array
+    routed: Array
+    """The same of tokens on their way through experts [n]."""
+    routed_again: Array
     cast: Array
-    """Inputs of matrix products that a narrow dtype is cast to first [n]."""
+    """Inputs and gradients of outputs of matrix products, which are cast to a narrow dtype first [n]."""
+    cast_routed: Array
+    """The same of experts [n]."""
     kernels: Array
     """Launched in a forward pass [n]."""
     scores: Array
@@ -89,7 +96,7 @@ def work_of(spec: ModelSpec, points: Points, *, mtp: bool = False, balanced: boo
     return Work(
         **gemms,
         **_mixing(uses, p),
-        **_elements(spec, uses, p),
+        **_elements(uses, p),
         kernels=sum((use.times * _kernels(use) for use in uses), 0.0) * per_stage,
         scores=_score_pairs(uses, p),
         head_m=p.tokens,
@@ -130,7 +137,7 @@ def _gemms(spec: ModelSpec, uses: list[Use], p: Points, depth: int) -> dict[str,
                 m, stack = rows_of_experts(use, p), product.stack / p.ep
                 cut = p.etp
             else:
-                m, stack, cut = p.tokens, one, p.tp
+                m, stack, cut = p.tokens, 0 * one, p.tp
             wide, deep = product.split == "columns", product.split == "rows"
             if product.split == "none":
                 m, cut = m / p.tp, one
@@ -141,7 +148,7 @@ def _gemms(spec: ModelSpec, uses: list[Use], p: Points, depth: int) -> dict[str,
             rows.append((m, n, k, stack, times, again))
     if depth:
         width = float(spec.d_model)
-        rows.append((p.tokens / p.tp, width * one, 2 * width * one, one, depth / p.pp, full))
+        rows.append((p.tokens / p.tp, width * one, 2 * width * one, 0 * one, depth / p.pp, full))
     names = ("m", "n", "k", "stack", "times", "again")
     return {name: np.stack([row[index] for row in rows]) for index, name in enumerate(names)}
 
@@ -192,19 +199,23 @@ def _score_pairs(uses: list[Use], p: Points) -> Array:
     return total
 
 
-def _elements(spec: ModelSpec, uses: list[Use], p: Points) -> dict[str, Array]:
-    elements, again, cast = np.zeros(len(p)), np.zeros(len(p)), np.zeros(len(p))
+def _elements(uses: list[Use], p: Points) -> dict[str, Array]:
+    found = {name: np.zeros(len(p)) for name in ("elements", "elements_again", "routed", "routed_again")}
+    found |= {name: np.zeros(len(p)) for name in ("cast", "cast_routed")}
     for use in uses:
         kept = use.cost.activations()
         scale = use.times / p.pp * p.tokens / p.tp
-        mine = (kept["inputs"] + kept["inner"] + kept["hidden"] + kept["routed"] * p.etp + kept["experts"]) * scale
-        elements = elements + mine
         part = p.again("moe") if use.experts else 0.0 if use.is_mixer else p.again("mlp")
-        some = 0.5 * p.again("act")
-        again = again + mine * np.maximum(np.maximum(p.again("full"), part), some)
+        again = np.maximum(np.maximum(p.again("full"), part), 0.5 * p.again("act"))
+        each = {"elements": (kept["inputs"] + kept["inner"] + kept["hidden"]) * scale}
+        each["routed"] = (ROUTED * kept["routed"] * p.etp + kept["experts"]) * scale
+        for name, value in each.items():
+            found[name] = found[name] + value
+            found[f"{name}_again"] = found[f"{name}_again"] + value * again
         for product in use.products:
-            cast = cast + product.k * product.top_k * scale
-    return {"elements": elements, "elements_again": again, "cast": cast}
+            name = "cast_routed" if product.grouped else "cast"
+            found[name] = found[name] + (product.k + product.n) * product.top_k * scale
+    return found
 
 
 def _kernels(use: Use) -> float:
