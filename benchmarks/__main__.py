@@ -20,7 +20,7 @@ from rich.table import Table
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
-HELPERS = {"__init__", "__main__", "harness", "fit_planner", "planner_read", "planner_rows", "planner_table"}
+HELPERS = {"__init__", "__main__", "harness", "meter", "fit_planner", "planner_read", "planner_rows", "planner_table"}
 PACKAGES = ("torch", "transformers", "numpy", "moe-zoo")
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from zoo.hardware import Speed, local_hardware, measure
-from zoo.hardware.local import chip_reported_as
+from zoo.hardware.local import available_gib, chip_reported_as
 from zoo.hardware.speed import cache_dir
+from zoo.plan.local import Rates
 from zoo.spec.base import ConfigError
 from zoo.spec.hardware import ChipSpec, HardwareSpec
 
@@ -181,3 +182,33 @@ def test_the_measured_speed_is_that_of_plain_products(cache: Path) -> None:
     assert 0.2 < speed.tflops["fp32"] / (2 * 1024**3 / quickest / 1e12) < 5
     assert speed.tflops["bf16"] > 0
     assert 0.5 < speed.memory_gb_s < 5000
+
+
+def test_free_memory_is_what_the_kernel_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = available_gib("cpu")
+    assert free is not None
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr("zoo.hardware.local._CGROUP_MEMORY", (str(limit),))
+    monkeypatch.setattr("zoo.hardware.local._CGROUP_USED", (str(used),))
+    limit.write_text(f"{2**28}\n")
+    used.write_text(f"{2**27}\n")
+    assert available_gib("cpu") == 0.125
+    limit.write_text("max\n")
+    assert available_gib("cpu") == pytest.approx(free, rel=0.5)
+    assert available_gib("mps") is None
+
+
+def test_rates_survive_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(
+        op_s=1e-6, curves={"stream": [[1.0, 2.0]]}, products=[[1.0, 2.0, 3.0, 4.0, 5.0]], clip=[1.0, 2.0, 3.0]
+    )
+    monkeypatch.setattr("zoo.hardware.speed._measure", lambda device: Speed({"fp32": 0.2}, 10.0, rates))
+    chip = local_hardware(CPU).chip
+    assert measure(chip).rates == rates
+    monkeypatch.setattr("zoo.hardware.speed._measure", None)
+    found = measure(chip).rates
+    assert found is not None
+    assert (found.op_s, found.curves, found.products) == (1e-6, {"stream": [[1.0, 2.0]]}, [[1.0, 2.0, 3.0, 4.0, 5.0]])

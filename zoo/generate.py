@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zoo.blocks.base import Context
+from zoo.spec.base import ConfigError
 
 if TYPE_CHECKING:
     from zoo.decoder import Decoder
@@ -67,7 +68,11 @@ def stream(
     padding: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """The new tokens of `generate`, [b] int64 a step, as soon as each is known. The model is left as it was found."""
+    """The new tokens of `generate`, [b] int64 a step, as soon as each is known. The model is left as it was found.
+
+    Raises:
+        ConfigError: `model.decoding` is `compiled`, and that is not possible.
+    """
     _check(tokens, max_new_tokens, temperature, top_k, top_p)
     was_training = model.training
     model.eval()
@@ -84,18 +89,49 @@ def _extend(
     states = model.new_states(batch_size, prompt_len + num_new)
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    read = tokens
+    newest, step = tokens[:, -1], None
     for past in range(prompt_len, prompt_len + num_new):
-        context = _context(past - read.shape[1], read, padding)
         with torch.no_grad():  # not around the yield, which would leave it to the caller
-            chosen = sample(model.logits(model.hidden(read, context, states)[:, -1]))
-        newest = torch.where(ended, read[:, -1], chosen)
+            if past == prompt_len:
+                logits = model.logits(model.hidden(tokens, _context(0, tokens, padding), states)[:, -1])
+            else:
+                step = step or _one_token_step(model, states, prompt_len, num_new - 1, batch_size, padding)
+                logits = step(newest, _context(past - 1, newest[:, None], padding))
+            newest = torch.where(ended, newest, sample(logits))
         yield newest
-        read = newest[:, None]
         if len(stops):
             ended |= torch.isin(newest, stops)
             if ended.all():
                 break
+
+
+Step = Callable[[Tensor, Context], Tensor]
+"""From the newest tokens [b] to logits [b, vocab]."""
+
+
+def _one_token_step(
+    model: Decoder, states: list[Any], start: int, num_new: int, rows: int, padding: Tensor | None
+) -> Step:
+    """The quickest way to pass one token of each row, as `model.decoding` says."""
+    if model.decoding == "compiled" or (model.decoding == "auto" and _pays(model, num_new)):
+        from zoo.decoding import compiled_step
+
+        step = compiled_step(model, states, start, num_new, rows, padding)
+        if not isinstance(step, str):
+            return step
+        if model.decoding == "compiled":
+            raise ConfigError(f"decoding: found 'compiled'; not possible here: {step}; use auto or eager")
+    return lambda newest, context: model.logits(model.hidden(newest[:, None], context, states)[:, -1])
+
+
+def _pays(model: Decoder, num_new: int) -> bool:
+    """Whether there is so much to read that compiling, some seconds the first time, is worth it."""
+    size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    return model.embed.weight.device.type == "cpu" and size * num_new >= _WORTH_COMPILING
+
+
+_WORTH_COMPILING = 2**30
+"""Bytes of weights times tokens."""
 
 
 def _context(past: int, tokens: Tensor, padding: Tensor | None) -> Context:

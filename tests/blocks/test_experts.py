@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.blocks import compiled
 from zoo.blocks.dispatch import Dispatch
 from zoo.blocks.experts import Experts
 from zoo.spec.base import ConfigError
@@ -269,7 +270,11 @@ def test_used_twice_in_one_graph() -> None:
         ("grouped", 200, torch.float32, D),  # many rows for each expert
     ],
 )
-def test_the_automatic_choice_fits(backend: str, num_tokens: int, dtype: torch.dtype, d_in: int) -> None:
+def test_the_automatic_choice_fits(
+    backend: str, num_tokens: int, dtype: torch.dtype, d_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without compiled kernels; with them: test_compiled.py."""
+    monkeypatch.setattr(compiled, "is_loaded", lambda: False)
     module = experts(d_in=d_in, dtype=dtype)
     x, indices = torch.randn(num_tokens, d_in, dtype=dtype), routes("spread", num_tokens)
     assert module.backend_for(x, indices.numel()) == backend
@@ -305,5 +310,5 @@ def test_starts_ready() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ConfigError, match=r"Experts.activation: found 'silly'"):
         Experts(D, E, F, activation="silly")
-    with pytest.raises(ConfigError, match=r"experts: found 'fast'; allowed: auto, loop, grouped, grouped_mm"):
+    with pytest.raises(ConfigError, match=r"experts: found 'fast'; allowed: auto, loop, grouped, grouped_mm, compiled"):
         Experts(D, E, F, backend="fast")(torch.randn(3, D), None, torch.zeros(3, 1, dtype=torch.int64))

@@ -66,6 +66,23 @@ def test_a_cache_gives_back_what_may_be_seen(window: int | None, pieces: list[in
         assert torch.equal(v, values[:, first:end])
 
 
+@pytest.mark.parametrize("window", [1, 7, 300])
+def test_a_window_moves_within_its_buffers(window: int) -> None:
+    """One token at a time, some written by the caller: nothing is allocated anew, however long the text."""
+    keys = torch.randn(2, 500, 3)
+    cache = GrowingCache(2, 500, window, keys.device, keys.dtype)
+    (found,) = cache.append(keys[:, :1])
+    place = cache.buffers[0].data_ptr()
+    for end in range(2, 501):
+        if end % 3:
+            (found,) = cache.append(keys[:, end - 1 : end])
+            assert torch.equal(found, keys[:, max(0, end - window) : end])
+        else:
+            cache.buffers[0][:, cache.advance(1)] = keys[:, end - 1]
+        assert cache.buffers[0].data_ptr() == place
+    assert cache.capacity < max(window + 80, 1.3 * window)
+
+
 def test_a_cache_selects_rows_and_refuses_to_overflow() -> None:
     keys = torch.randn(3, 4, 2)
     cache = GrowingCache(3, 5, None, keys.device, keys.dtype)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.data.batches import Batches, heldout_rows, heldout_windows, permute
+from zoo.data.batches import _ROUND, Batches, _Mixture, heldout_rows, heldout_windows, permute
+from zoo.data.stream import Piece, Section, Stream
 from zoo.spec.base import ConfigError
 
 
@@ -153,3 +154,85 @@ def test_held_out_windows_do_not_overlap(length: int, seq_len: int, max_tokens: 
     assert int(targets.max()) < length
     assert inputs.numel() <= max(max_tokens, seq_len)
     torch.testing.assert_close(targets, inputs + 1)
+
+
+def mixed(lengths: list[int], weights: list[float], **changes: Any) -> Batches:
+    """Batches of sections whose tokens tell their own position in the whole."""
+    tokens, bounds = counting(sum(lengths)), np.cumsum([0, *lengths]).tolist()
+    sections = [
+        Section(name, start, stop, weight)
+        for name, (start, stop), weight in zip("abcdef", pairwise(bounds), weights, strict=False)
+    ]
+    chosen: dict[str, Any] = {"batch_size": 4, "seq_len": 8, "seed": 0} | changes
+    return Batches(Stream([Piece(tokens)], None, sections), **chosen)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    weights=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=6),
+    seed=st.integers(0, 2**64 - 1),
+    number=st.integers(0, 2**30),
+)
+def test_a_mixture_has_its_shares_in_every_round(weights: list[float], seed: int, number: int) -> None:
+    mixture = _Mixture(weights, seed)
+    rows = np.arange(_ROUND * number, _ROUND * (number + 1), dtype=np.uint64)
+    section, before = mixture.choose(rows)
+    counts = np.bincount(section, minlength=len(weights))
+    assert counts.min() >= 1
+    shares = np.array(weights) / sum(weights) * _ROUND
+    assert (abs(counts - shares) <= len(weights) + 1).all()
+    for index, count in enumerate(counts.tolist()):
+        assert before[section == index].tolist() == list(range(count * number, count * (number + 1)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(step=st.integers(0, 10_000), batch_size=st.integers(1, 5), world_size=st.integers(1, 5))
+def test_ranks_share_out_one_large_mixture(step: int, batch_size: int, world_size: int) -> None:
+    def make_one(**changes: Any) -> torch.Tensor:
+        return mixed([100, 300, 50], [5, 1, 2], **changes).batch(step)[0]
+
+    parts = [make_one(batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat(parts), make_one(batch_size=batch_size * world_size))
+
+
+def test_rows_stay_inside_their_section_and_visit_all_of_it() -> None:
+    batches = mixed([100, 1000], [1, 3], batch_size=_ROUND)
+    inputs, targets = batches.batch(3)
+    first = inputs[:, 0] < 100
+    assert int(first.sum()) == _ROUND // 4
+    assert int(targets[first].max()) < 100
+    assert int(inputs[~first].min()) >= 100
+    assert set(range(8, 92)) <= set(inputs[first].flatten().tolist())
+    for section, size in ((first, 11), (~first, 124)):
+        starts = inputs[section, 0][:size]
+        assert len(set(starts.tolist())) > size // 2
+
+
+def test_a_section_keeps_its_windows_when_others_come() -> None:
+    def rows_of(lengths: list[int], weights: list[float]) -> list[int]:
+        inputs, _ = mixed(lengths, weights, batch_size=500).batch(0)
+        return [start for start in inputs[:, 0].tolist() if start < 200]
+
+    two, three = rows_of([200, 100], [1, 1]), rows_of([200, 100, 100], [1, 1, 2])
+    assert two[: len(three)] == three[: len(two)]
+
+
+def test_the_order_of_a_mixture_never_changes() -> None:
+    batches = mixed([100, 300, 50], [5, 1, 2])
+    assert batches.batch(5)[0][:, 0].tolist() == [53, 139, 85, 69]
+    assert batches.batch(2000)[0][:, 0].tolist() == [32, 417, 72, 298]
+    assert not torch.equal(mixed([100, 300], [1, 1]).batch(5)[0], mixed([100, 300], [1, 1], seed=1).batch(5)[0])
+
+
+def test_a_section_that_is_too_short_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"the training text of data\.sources\.b has only 8 tokens and a row takes 9"):
+        mixed([100, 8], [1, 1])
+
+
+def test_targets_that_are_not_learned() -> None:
+    tokens = np.arange(9, dtype=np.uint16)
+    learned = np.array([1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=np.uint8)
+    inputs, targets = Batches(Stream([Piece(tokens, learned)], begin=5), batch_size=2, seq_len=8, seed=0).batch(0)
+    assert inputs[0].tolist() == list(range(8))
+    assert targets.tolist() == [[1, -100, -100, 4, -100, 6, -100, 8]] * 2
+    assert heldout_windows(Stream([Piece(tokens, learned)]), 8, 8)[1].tolist() == [[1, -100, -100, 4, 5, 6, -100, 8]]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from zoo.data import documents
-from zoo.data.documents import Document, Flaw, find_sources, read_documents
+from zoo.data import documents, formats
+from zoo.data.documents import Document, Flaw, Position, find_sources, read_documents
 from zoo.spec.base import ConfigError
 from zoo.spec.data import FilesData, StdlibData
 
@@ -68,7 +70,7 @@ def test_linked_directories_are_followed_once(folder: Path) -> None:
             "text.txt",
             r"^data\.paths: found 'text\.txt'; matches no file or directory, seen from .*; did you mean texts\.txt",
         ),
-        ("*.csv", r"^data\.paths: found '\*\.csv'; matches no file .*; give files, directories or quoted patterns$"),
+        ("*.csv", r"^data\.paths: found '\*\.csv'; matches no file .* holds empty texts\.txt$"),
         ("nowhere/x", r"^data\.paths: found 'nowhere/x'; matches no file"),
         ("empty", r"^data\.paths: found 'empty'; holds no files"),
     ],
@@ -99,7 +101,7 @@ def test_what_is_not_text_is_named(folder: Path) -> None:
 
 
 LINES = [
-    b'{"text": "one", "id": 1}',
+    b'\xef\xbb\xbf{"text": "one", "id": 1}',
     b"",
     '{"text": "zw\u00f6lf\\n"}'.encode(),
     b'{"text": "cut',
@@ -168,16 +170,167 @@ def test_parquet(folder: Path) -> None:
         read(files("a.parquet", text_key="id"))
 
 
+def arrow_file(path: Path, table: Any, kind: str, rows: int) -> None:
+    pa = pytest.importorskip("pyarrow")
+    make = {"file": pa.ipc.new_file, "stream": pa.ipc.new_stream}[kind]
+    with make(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("name", ["a.arrow", "a.feather"])
+def test_arrow(folder: Path, kind: str, name: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    texts = [f"row {number}" for number in range(150)]
+    arrow_file(folder / name, pa.table({"id": range(150), "text": texts}), kind, 40)
+    assert read(files(name)) == [text.encode() for text in texts]
+    with pytest.raises(ConfigError, match=rf"^data\.text_key: found 'test'; no such column in {name}; did"):
+        read(files(name, text_key="test"))
+
+
+def test_packed_by_zstandard(folder: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    for name, content in {"a.jsonl.zst": b"\n".join(LINES[:3]), "b.txt.zst": b"packed"}.items():
+        with pa.CompressedOutputStream(folder / name, "zstd") as stream:
+            stream.write(content)
+    assert read(files("a.jsonl.zst", "b.txt.zst")) == [*READ[:2], b"packed"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"])
+def test_reading_goes_on_anywhere(folder: Path, name: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"text": [f"row {number}" for number in range(100)]})
+    lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    if name.endswith("parquet"):
+        pq.write_table(table, folder / name, row_group_size=30)
+    elif name.endswith("arrow"):
+        arrow_file(folder / name, table, name.removesuffix(".arrow"), 30)
+    elif name.endswith("zst"):
+        with pa.CompressedOutputStream(folder / name, "zstd") as stream:
+            stream.write(lines)
+    else:
+        write(folder / name, gzip.compress(lines) if name.endswith("gz") else lines)
+    write(folder / "z.txt", "end")
+    data = files(name, "z.txt")
+    sources = find_sources(data)
+    whole = list(read_documents(data, sources))
+    assert len(whole) == 101
+    for start in (0, 1, 29, 30, 31, 60, 99, 100):
+        assert list(read_documents(data, sources, Position(0, start))) == whole[start:]
+        assert whole[start].next == Position(int(start == 100), 1 if start == 100 else start + 1)
+    assert list(read_documents(data, sources, Position(1, 0))) == whole[100:]
+    assert list(read_documents(data, sources, Position(1, 1))) == []
+    ends = [document.end for document in whole[:-1]]
+    assert ends == sorted(ends)
+    assert 0 < ends[-1] <= (folder / name).stat().st_size
+
+
+def test_prompts_are_read_and_not_learned(folder: Path) -> None:
+    write(folder / "a.jsonl", '{"text": "yes", "ask": "really?"}\n{"text": "yes"}\n{"text": "yes", "ask": 1}\n')
+    data = files("a.jsonl", prompt_key="ask")
+    first, second, third = read_documents(data, find_sources(data))
+    assert isinstance(first, Document)
+    assert first.parts == ((b"really?", False), (b"yes", True))
+    assert first.key == first.text == b"really?yes"
+    assert isinstance(second, Flaw)
+    assert (second.where, second.reason) == ("a.jsonl:2", "no key 'ask'; keys: text; set data.prompt_key")
+    assert isinstance(third, Flaw)
+    assert third.reason == "'ask' must be a string, not a number"
+
+
+def test_prompts_in_tables(folder: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["yes", None], "ask": ["really?", "no?"]}), folder / "a.parquet")
+    data = files("a.parquet", prompt_key="ask")
+    first, second = read_documents(data, find_sources(data))
+    assert isinstance(first, Document)
+    assert first.parts == ((b"really?", False), (b"yes", True))
+    assert isinstance(second, Flaw)
+    with pytest.raises(ConfigError, match=r"^data\.prompt_key: found 'asks'; no such column .* mean ask"):
+        read(files("a.parquet", prompt_key="asks"))
+
+
+def test_held_out_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt", "held/c.txt"):
+        write(folder / name, name)
+    sources = find_sources(files("*.txt", heldout_paths=["held"]))
+    assert [(source.name, source.side) for source in sources] == [
+        ("a.txt", "train"),
+        ("b.txt", "train"),
+        ("held/c.txt", "heldout"),
+    ]
+    with pytest.raises(ConfigError, match=r"^data\.heldout_paths: found \['b\.txt'\]; .*b\.txt is also one of"):
+        find_sources(files("*.txt", heldout_paths=["b.txt"]))
+    with pytest.raises(ConfigError, match=r"^data\.heldout_paths: found 'd\.txt'; matches no file"):
+        find_sources(files("*.txt", heldout_paths=["d.txt"]))
+    monkeypatch.setenv("HOME", str(folder))
+    assert names(files("~/a.txt")) == [str(folder / "a.txt")]
+
+
+def test_endless_lines_and_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 1 << 20)
+    write(folder / "a.jsonl.gz", gzip.compress(b"x" * (5 << 20) + b'\n{"text": "short"}\n'))
+    write(folder / "b.txt.gz", gzip.compress(b"x" * (5 << 20)))
+    assert read(files("a.jsonl.gz", "b.txt.gz")) == [
+        "a.jsonl.gz:1: longer than 1 MiB",
+        b"short",
+        "b.txt.gz: longer than 1 MiB",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow", "a.jsonl.gz", "a.jsonl.zst"])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(0, 255))
+def test_damaged_files_give_text_or_one_error(folder: Path, name: str, place: float, flip: int) -> None:
+    """A flip that the format has no sum for may change text; it may not do more."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"text": [f"row {number}" for number in range(100)]})
+    path = folder / name
+    lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    if name.endswith("parquet"):
+        pq.write_table(table, path, row_group_size=30)
+    elif name.endswith("arrow"):
+        arrow_file(path, table, name.removesuffix(".arrow"), 30)
+    elif name.endswith("gz"):
+        write(path, gzip.compress(lines))
+    else:
+        with pa.CompressedOutputStream(path, "zstd") as stream:
+            stream.write(lines)
+    content = bytearray(path.read_bytes())
+    at = max(1, int(place * len(content)))
+    if flip:
+        content[at] ^= flip
+    path.write_bytes(content if flip else content[:at])
+    try:
+        found = read(files(name))
+    except ConfigError as error:
+        found = [str(error)] if name in str(error) else []
+    assert found
+
+
 def test_parquet_without_its_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder / "a.parquet", "")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"needs the package pyarrow; pip install pyarrow$"):
+    with pytest.raises(ConfigError, match=r"needs the package pyarrow; pip install 'moe-zoo\[data\]'$"):
         read(files("a.parquet"))
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.txt.gz", "a.jsonl.gz", "gone.txt"])
+@pytest.mark.parametrize("cut", [1, 10, 200])
+def test_a_cut_package_is_no_end(folder: Path, cut: int) -> None:
+    pa = pytest.importorskip("pyarrow")
+    with pa.CompressedOutputStream(folder / "a.jsonl.zst", "zstd") as stream:
+        stream.write(b"".join(b'{"text": "%d"}\n' % (number**5) for number in range(1000)))
+    write(folder / "a.jsonl.zst", (folder / "a.jsonl.zst").read_bytes()[:-cut])
+    with pytest.raises(ConfigError, match=r"^data: found 'a\.jsonl\.zst'; cannot be read: "):
+        read(files("a.jsonl.zst"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz", "gone.txt"])
 def test_files_that_cannot_be_read(folder: Path, name: str) -> None:
-    if name.endswith("parquet"):
+    if name.endswith(("parquet", "arrow")):
         pytest.importorskip("pyarrow")
     write(folder / name, gzip.compress(b"long enough to be cut")[:-10])
     data = files(name)
@@ -185,7 +338,7 @@ def test_files_that_cannot_be_read(folder: Path, name: str) -> None:
     if name == "gone.txt":
         (folder / name).unlink()
     with pytest.raises(
-        ConfigError, match=rf"^data(\.paths)?: found '{name}'; (cannot be read|not readable as Parquet): "
+        ConfigError, match=rf"^data(\.paths)?: found '{name}'; (cannot be read|not readable as (Parquet|Arrow)): "
     ):
         list(read_documents(data, sources))
 

@@ -93,5 +93,5 @@ def test_weights_suit_unseen_text() -> None:
 
 @pytest.mark.parametrize(("tokens", "vocab_size"), [([1] * 63, 256), ([8] * 100, 8), ([1] * 100, 257)])
 def test_tokens_that_do_not_fit(tokens: list[int], vocab_size: int) -> None:
-    with pytest.raises(ValueError, match="do not fit a table of trigrams"):
+    with pytest.raises(ValueError, match=r"do(es)? not fit a table of trigrams"):
         TrigramBaseline.fit(np.array(tokens, dtype=np.uint16), vocab_size)

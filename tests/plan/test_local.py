@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.plan.local import Op, Rates, StepOps, seconds_of, step_seconds
+from zoo.plan.local import IN_TRAINING, Op, Rates, StepOps, seconds_of, step_seconds
 
 RATES = Rates(
     op_s=1e-6,
@@ -72,12 +72,12 @@ def test_a_step_is_its_micro_batches_and_one_update() -> None:
     assert one["accumulate"] == 0 < four["accumulate"]
     adamw, clip = 1000 * 1e-9 + 10e-6 + 1e-4, 5000 * 1e-9 + 20e-6 + 1e-4
     muon = 3 * (RATES.seconds(Op("product", (1, 128, 128, 128))) + 5e-7)
-    assert one["optimizer"] == pytest.approx(adamw + clip + muon)
+    assert one["optimizer"] == pytest.approx(IN_TRAINING * (adamw + clip + muon))
 
 
 def test_recomputing_repeats_the_layers_forward() -> None:
     more = sum(step_seconds(OPS, RATES, again=True).values()) - sum(step_seconds(OPS, RATES).values())
-    assert more == pytest.approx(1e-6 + 1e-7)
+    assert more == pytest.approx(IN_TRAINING * (1e-6 + 1e-7))
 
 
 def test_slower_products_leave_the_optimizer_alone() -> None:

@@ -12,10 +12,12 @@ import torch
 
 from tests.train.runs import Listener, small_run
 from zoo.hardware import Speed
+from zoo.plan.own_memory import peak_memory
 from zoo.spec.base import ConfigError
 from zoo.train import assembly, loop
 from zoo.train.errors import TrainingError
 from zoo.train.events import RunFinished
+from zoo.train.metrics_file import MetricsFile, read_metrics
 from zoo.train.signals import StopSignal
 from zoo.train.trainer import RoutingCounter, accumulate, evaluate
 
@@ -119,7 +121,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, batc
 
 def test_accumulation_is_a_larger_batch_for_the_whole_run(tmp_path: Path) -> None:
     large = train(tmp_path, "train.batch_size=4", *UNBALANCED, name="large")
-    small = train(tmp_path, "train.batch_size=2", "train.grad_accumulation=2", *UNBALANCED, name="small")
+    small = train(tmp_path, "train.batch_size=4", "train.micro_batch=2", *UNBALANCED, name="small")
     assert_same_losses(large, small, tolerance=1e-4)
 
 
@@ -223,3 +225,38 @@ def test_a_finished_run_only_evaluates_when_it_is_resumed(tmp_path: Path) -> Non
     assert isinstance(again.end, RunFinished)
     settings = json.loads(next((tmp_path / "run").glob("checkpoints/*/state.json")).read_text())["settings"]
     assert settings["model"]["name"] == "tiny_moe"
+
+
+def test_predictions_stand_beside_what_happens(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    run = small_run(tmp_path, "train.batch_size=4", "train.micro_batch=2")
+    loop.train(run, tmp_path / "run", [metrics])
+    metrics.close()
+    records = read_metrics(metrics.path)
+    started, finished = records[0], records[-1]
+    assert started["predicted"] == finished["predicted"]
+    # Nothing was measured of this machine's operations (`quick`); memory follows from shapes alone.
+    assert started["predicted"]["step_time_s"] is None
+    needed = peak_memory(run.model, batch_size=2, seq_len=16, optimizer=run.optimizer, grad_accumulation=2).total
+    assert started["predicted"]["peak_memory_gib"] == pytest.approx(needed)
+    times = sorted(record["step_time_s"] for record in records if record["event"] == "step")
+    assert times[0] <= finished["step_time_s"] <= times[-1]
+    assert finished["mfu"] > 0
+    assert finished["peak_memory_gib"] is None or finished["peak_memory_gib"] >= 0
+
+
+def test_a_resumed_run_keeps_its_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = small_run(tmp_path, "train.steps=2", "train.batch_size=4")
+    loop.train(first, tmp_path / "run")
+    state = json.loads((tmp_path / "run/checkpoints/step_000002/state.json").read_text())
+    assert (state["micro_batch"], state["recompute"]) == (4, "none")
+    # A machine with less memory, or another speed, would choose otherwise now.
+    monkeypatch.setattr(assembly, "available_gib", lambda device: 1e-4)
+    more = small_run(
+        tmp_path, "train.steps=4", "train.batch_size=4", "train.check_memory=false", "checkpoint.resume=auto"
+    )
+    listener = Listener()
+    loop.train(more, tmp_path / "run", [listener])
+    assert "micro-batch 4 of 4 sequences: as the run was started" in listener.start.choices
+    with pytest.raises(ConfigError, match=r"^train: .* needs .* GiB"):
+        loop.train(small_run(tmp_path, "train.steps=4"), tmp_path / "other")

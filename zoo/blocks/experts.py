@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.blocks import compiled
 from zoo.blocks.activation import activate
 from zoo.blocks.autocast import autocast_dtype
 from zoo.blocks.dispatch import Dispatch, combine, gather
@@ -15,7 +16,7 @@ from zoo.blocks.grouped import ExpertWeights, grouped_experts, split_hidden
 from zoo.spec.base import ConfigError, decode
 from zoo.spec.mlp import ActivationSpec
 
-Backend = Literal["auto", "loop", "grouped", "grouped_mm"]
+Backend = Literal["auto", "loop", "grouped", "grouped_mm", "compiled"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -32,7 +33,9 @@ class Experts(nn.Module):
     backend: Backend
     """How the arithmetic is done; the results agree. `loop`: expert by expert in plain torch, the reference. `grouped`:
     one autograd function (`zoo.blocks.grouped`). `grouped_mm`: torch's kernel; it does not wait for the device and
-    costs no Python per expert, but takes no fp64. `auto`: the faster of the last two that fits."""
+    costs no Python per expert, but takes no fp64. `compiled`: a kernel of our own for gated silu experts in fp32 on a
+    CPU (`zoo.blocks.compiled`). `auto`: the fastest that fits; `compiled` only once its kernel is loaded, which
+    `zoo.tuning.tune` does."""
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class Experts(nn.Module):
             d_expert: width of the activations of one expert.
             spec: the activation, and whether there are gates and biases; or give its fields as `options`.
             writes_residual: whether `down` is the last matrix of its branch, for its smaller start.
-            recompute: keep less for the backward pass (`grouped` only).
+            recompute: keep less for the backward pass (`grouped` and `compiled` only).
         """
         super().__init__()
         self.spec = decode(ActivationSpec, options, "Experts") if spec is None else spec
@@ -96,8 +99,18 @@ class Experts(nn.Module):
                 return loop_experts(x, weights, indices, self.stacked, self.spec)
             case "grouped_mm":
                 return grouped_mm_experts(x, weights, indices, self.stacked, self.spec)
+            case "compiled":
+                return self._compiled(x, weights, indices)
             case _:
                 return grouped_experts(x, weights, indices, self.stacked, self.spec, self.recompute)
+
+    def _compiled(self, x: Tensor, weights: Tensor | None, indices: Tensor) -> Tensor:
+        stacked, found = self.stacked, None
+        if self.backend == "auto" and torch.is_grad_enabled():
+            found = compiled.Sorted.of(indices, len(self.down))
+            if not found.is_even():
+                return grouped_experts(x, weights, indices, stacked, self.spec, self.recompute)
+        return compiled.compiled_experts(x, weights, indices, stacked, self.spec, self.recompute, found)
 
     def backend_for(self, x: Tensor, num_rows: int) -> str:
         """The backend that takes `num_rows` rows of x [t, d].
@@ -111,6 +124,8 @@ class Experts(nn.Module):
             return "grouped"
         if self.backend != "auto":
             return self.backend
+        if compiled.is_ready() and compiled.fits(x, self.stacked, self.spec):
+            return "compiled"
         stack = self.down
         # What torch's kernel takes: these dtypes, and rows that are whole multiples of 16 bytes.
         fits = x.dtype in _KERNEL_DTYPES and all(width * x.itemsize % 16 == 0 for width in stack.shape[1:])

@@ -36,13 +36,18 @@ def _visible(context: Context, num_queries: int, num_keys: int, mask: str, windo
         seen = seen & (query - key < window)
     seen = seen[None]
     if mask == "chunked" and window is not None:
-        start = 0 if context.padding is None else context.padding[:, None, None]
-        seen = seen & (
-            (query - start).div(window, rounding_mode="floor") == (key - start).div(window, rounding_mode="floor")
-        )
+        chunk = _places(context, key).div(window, rounding_mode="floor")
+        seen = seen & (chunk[:, -num_queries:, None] == chunk[:, None])
     if context.padding is not None:
         # A padding token sees itself: a row without any key would have no softmax.
         seen = (seen & (key >= context.padding[:, None, None])) | (key == query)
     if context.documents is not None:
         seen = seen & (context.documents[:, -num_queries:, None] == context.documents[:, None, -num_keys:])
     return seen[:, None]
+
+
+def _places(context: Context, keys: Tensor) -> Tensor:
+    """[b or 1, keys] int64: where each key, given by its place in the row, stands in its own document."""
+    if context.documents is not None:  # whole rows: the keys are the tokens of this pass
+        return context.positions
+    return keys[None] if context.padding is None else keys - context.padding[:, None]

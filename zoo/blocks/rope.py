@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.blocks.autocast import without_autocast
 from zoo.blocks.base import Context
 from zoo.spec.rope import (
     BandsScaling,
@@ -75,7 +76,7 @@ def rotary_tables(spec: RopeSpec, dim: int, context: Context, positions: Tensor 
         # Reading the largest position waits for the device: only the scalings that need the length pay for it.
         seq_len = int(context.positions.max()) + 1 if depends_on_length(spec) else 0
         inv_freq, temperature = frequencies(spec, dim, seq_len, places.device)
-        with torch.autocast(places.device.type, enabled=False):
+        with without_autocast(places.device):
             angles = places[..., None].to(torch.float32) * inv_freq
         if spec.arithmetic == "complex":
             spin = torch.polar(torch.ones_like(angles), angles)

@@ -82,7 +82,8 @@ def _stretch(
         decay = decay.masked_fill(begins[..., None, None], 0)
     added = dt[..., None] * b[:, :, None] * x[..., None]
     states: Tensor = _Recurrence.apply(decay, added, start)
-    return (states @ c.to(states.dtype)[..., None])[..., 0], states[:, -1]
+    # A copy: a view would keep the states of all tokens for the stretch that begins with it.
+    return (states @ c.to(states.dtype)[..., None])[..., 0], states[:, -1].clone()
 
 
 class _Recurrence(torch.autograd.Function):

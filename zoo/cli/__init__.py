@@ -18,8 +18,10 @@ VERBS = {
     "train": "train a model; the same as python train.py",
     "generate": "continue a prompt with a trained model",
     "convert": "write a checkpoint in another layout, proven equal",
+    "launch": "write a script that runs a planned training on a cluster",
+    "export": "write a model and its layout as another engine's configuration",
 }
-QUICK = ("list", "show", "diff", "plan")
+QUICK = ("list", "show", "diff", "plan", "launch", "export")
 """Verbs that end before garbage could matter: collecting it would take a tenth of their time."""
 MISTAKE, INTERRUPTED = 2, 130
 

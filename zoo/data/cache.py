@@ -1,70 +1,94 @@
-"""Tokens kept on disk: a directory an entry, with `.npy` arrays that are mapped into memory, and `facts.json`."""
+"""Tokens kept on disk: a directory for each text and tokenizer, with shards and, once all are there, `corpus.json`."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from zoo.data import hub
 from zoo.data.documents import Source
+from zoo.data.shards import FORMAT
 from zoo.data.tokenizer import tokenizer_file
 from zoo.spec.base import ConfigError
-from zoo.spec.data import DataSpec, FileTokenizer, TokenizerSpec
+from zoo.spec.data import FileTokenizer, HFData, SplitSpec, TokenizerSpec
 
-_FORMAT = 1
-"""Raised when the same files would give other tokens."""
-_FACTS = "facts.json"
-
-
-def entry(root: Path, data: DataSpec, tokenizer: TokenizerSpec, sources: list[Source]) -> Path:
-    """The directory below `root` for these settings and these files, as told by their sizes and times of change."""
-    try:
-        stats = [(source.name, source.path.stat()) for source in sources]
-    except OSError as error:
-        raise ConfigError(f"data: found '{error.filename}'; cannot be read: {error}") from error
-    key: list[Any] = [_FORMAT, data.to_dict(), tokenizer.to_dict()]
-    key += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    if isinstance(tokenizer, FileTokenizer):
-        key.append(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest())
-    return root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+FACTS, SKIPPED = "corpus.json", "skipped.txt"
+_LOCK = ".lock"
+_TOLERANCE = ("on_bad", "max_bad")
+"""Settings that say what may be passed over, which shards remember, and change no token."""
 
 
-def read(place: Path) -> dict[str, Any] | None:
-    """What `write` put into an entry, arrays mapped read-only; None when there is no entry.
+def key_of(data: SplitSpec, tokenizer: TokenizerSpec, sources: list[Source]) -> str:
+    """What names the tokens of these settings and these files, as told by their sizes and times of change.
 
     Raises:
-        ConfigError: the entry is damaged.
+        ConfigError: a file is gone, or the Hub does not answer.
     """
-    if not place.is_dir():
+    settings = {name: value for name, value in data.to_dict().items() if name not in _TOLERANCE}
+    key: list[Any] = [FORMAT, settings, tokenizer.to_dict()]
+    if isinstance(data, HFData):
+        key += hub.identity(data)
+    else:
+        try:
+            stats = [(source.name, source.path.stat()) for source in sources]
+        except OSError as error:
+            raise ConfigError(f"data: found '{error.filename}'; cannot be read: {error}") from error
+        key += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    if isinstance(tokenizer, FileTokenizer):
+        key.append(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest())
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Make a directory, and let other processes that want to write in it wait.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        file = open(place / _LOCK, "ab")  # noqa: SIM115
+    except OSError as error:
+        advice = "keep tokens elsewhere: XDG_CACHE_HOME=DIRECTORY"
+        raise ConfigError(f"data: tokens cannot be kept in {place}: {error}; {advice}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process that tokenizes the same text", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_facts(place: Path) -> dict[str, Any] | None:
+    """What `write_facts` wrote; None when the directory is not complete, or the file cannot be used."""
+    try:
+        facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    try:
-        facts: dict[str, Any] = json.loads((place / _FACTS).read_text(encoding="utf-8"))
-        arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in place.glob("*.npy")}
-    except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"data: the cached tokens in {place} are damaged ({error}); delete that directory") from error
-    return facts | arrays
+    return facts if isinstance(facts, dict) else None
 
 
-def write(place: Path, values: Mapping[str, npt.NDArray[Any] | int | str]) -> None:
-    """Create an entry at once, so that no reader sees half of it. Several processes may write the same one."""
-    facts = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=place.parent, prefix=".draft-"))
+def write_facts(place: Path, facts: dict[str, Any], flaws: list[tuple[str, str]]) -> None:
+    """Declare a directory complete; what was passed over is listed beside.
+
+    Raises:
+        ConfigError: no room for it.
+    """
     try:
-        for name in values.keys() - facts.keys():
-            np.save(draft / f"{name}.npy", values[name], allow_pickle=False)
-        (draft / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        os.rename(draft, place)
-    except OSError:
-        if not place.is_dir():  # else another process was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if flaws:
+            listed = "".join(f"{where}: {reason}\n" for where, reason in flaws)
+            (place / SKIPPED).write_text(listed, encoding="utf-8")
+        draft = place / f".{FACTS}.{os.getpid()}"
+        draft.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        os.replace(draft, place / FACTS)
+    except OSError as error:
+        raise ConfigError(f"data: {place} cannot be written: {error}") from error

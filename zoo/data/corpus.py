@@ -2,54 +2,51 @@
 
 from __future__ import annotations
 
-import array
 import hashlib
+import json
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from zoo.data import cache
-from zoo.data.documents import Document, Flaw, Source, find_sources, read_documents
-from zoo.data.tokenizer import Tokenizer, Tokens, load_tokenizer
+from zoo.data.build import Builder, count, has_both_sides, shard_name
+from zoo.data.documents import Side, find_sources
+from zoo.data.shards import SIDES, Extent, Shard, open_shard
+from zoo.data.stream import Stream
+from zoo.data.tokenizer import load_tokenizer
 from zoo.spec.base import ConfigError
-from zoo.spec.data import DataSpec, FilesData, TokenizerSpec
+from zoo.spec.data import DataSpec, FilesData, HFData, MixtureData, SplitSpec, TokenizerSpec
 
-_FLAWS_SHOWN = 5
-_BATCH_BYTES = 1 << 22
-"""Text that is tokenized in one call."""
+_HASHED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Tokens of a training text and a held-out text, each document followed by the tokenizer's separator.
 
-    `train` and `heldout` are one-dimensional and read-only, of the smallest unsigned type that holds the vocabulary.
+    The streams hold the smallest unsigned type that holds the vocabulary.
     """
 
-    train: Tokens
-    heldout: Tokens
+    train: Stream
+    heldout: Stream
     vocab_size: int
+    boundary: int
+    """The token at which a document begins (`zoo.data.packing`)."""
     sha256: str
     """Of all tokens and their split: equal hashes, equal corpus."""
     num_train_documents: int
     num_heldout_documents: int
     num_train_bytes: int
-    """UTF-8 bytes of the text, and one for each separator."""
+    """UTF-8 bytes of the text that is learned, and one for each separator."""
     num_heldout_bytes: int
+    train_bytes_per_token: float
+    """Divide bits per token by this to get bits per byte. Exactly 1 when tokens are bytes."""
+    heldout_bytes_per_token: float
+    """The same for the held-out text."""
     description: str
     """One line for people."""
-
-    @property
-    def train_bytes_per_token(self) -> float:
-        """Divide bits per token by this to get bits per byte. Exactly 1 when tokens are bytes."""
-        return self.num_train_bytes / len(self.train)
-
-    @property
-    def heldout_bytes_per_token(self) -> float:
-        """The same for the held-out text."""
-        return self.num_heldout_bytes / len(self.heldout)
+    parts: dict[str, Corpus] = field(default_factory=dict)
+    """The sources of a mixture by name, each to be evaluated on its own; empty for one source."""
 
 
 def load_corpus(data: DataSpec, tokenizer: TokenizerSpec, cache_dir: Path | None = None) -> Corpus:
@@ -60,145 +57,149 @@ def load_corpus(data: DataSpec, tokenizer: TokenizerSpec, cache_dir: Path | None
     keeps its side when others come and go. When that leaves a side empty, the end of every document is held out.
 
     Args:
-        cache_dir: Keeps the tokens on disk; a later call with the same settings and unchanged files maps them into
-            memory instead of reading the files.
+        cache_dir: Keeps the tokens on disk, shard by shard. A later call with the same settings and unchanged files
+            maps them into memory instead of reading the files; one after a kill goes on where that one stopped.
 
     Raises:
-        ConfigError: no text there, or unreadable, or not text (see `FilesData.bad_lines`), or a library is missing.
+        ConfigError: no text there, or unreadable, or not text (see `RecordsSpec.on_bad`), or a library is missing.
     """
+    if isinstance(data, MixtureData):
+        return _mixture(data, {name: load_corpus(part, tokenizer, cache_dir) for name, part in data.sources.items()})
+    assert isinstance(data, SplitSpec)
     sources = find_sources(data)
-    place = cache.entry(cache_dir, data, tokenizer, sources) if cache_dir else None
-    if place and (stored := cache.read(place)):
-        return Corpus(**stored)
-    corpus = _build(data, sources, load_tokenizer(tokenizer))
-    if place:
-        cache.write(place, {field.name: getattr(corpus, field.name) for field in fields(corpus)})
-    return corpus
+    key = cache.key_of(data, tokenizer, sources) if cache_dir else ""
+    place = cache_dir / key if cache_dir else None
+    builder = Builder(data, sources, load_tokenizer(tokenizer), key, place)
+    if place is None:
+        return _corpus(builder, _tokenize(builder))
+    found = _complete(builder, place)
+    if found is None:
+        with cache.locked(place):
+            found = _complete(builder, place)  # another process may have been first
+            if found is None:
+                found = _tokenize(builder)
+                facts = {"shards": len(found.shards), "cut": builder.cut, "sha256": found.sha256}
+                cache.write_facts(place, facts, builder.flaws)
+    return _corpus(builder, found)
 
 
-def _build(data: DataSpec, sources: list[Source], tokenizer: Tokenizer) -> Corpus:
-    train, heldout, flaws = _fill(data, sources, tokenizer, cut=False)
-    cut = not (train.num_documents and heldout.num_documents)
-    if cut:
-        del train, heldout  # before the same text is read again
-        train, heldout, flaws = _fill(data, sources, tokenizer, cut=True)
-    if not (train.num_documents and heldout.num_documents):
-        raise ConfigError(f"data: found no text in {_count(len(sources), 'file')}{_note(flaws)}; give more text")
-    train_tokens, heldout_tokens = train.tokens(), heldout.tokens()
-    sha256 = _hash(train_tokens, heldout_tokens)
+@dataclass(frozen=True, eq=False)
+class _Tokenized:
+    shards: list[Shard]
+    sha256: str
+
+
+def _tokenize(builder: Builder) -> _Tokenized:
+    builder.cut = not has_both_sides(builder.data, builder.sources)
+    shards = list(builder.shards())
+    extents = {side: sum((shard.facts.extents[side] for shard in shards), Extent()) for side in SIDES}
+    if not all(extent.num_documents for extent in extents.values()):
+        files = count(len(builder.sources), "file")
+        which = "no text" if not extents["train"].num_documents else "no held-out text"
+        raise ConfigError(f"data: found {which} in {files}{_note(builder)}; give more text")
+    return _Tokenized(shards, _hash(*(_stream(builder, shards, side) for side in SIDES)))
+
+
+def _complete(builder: Builder, place: Path) -> _Tokenized | None:
+    """What lies in a directory that was declared complete, its files mapped; None when it is not, or a file is gone."""
+    facts = cache.read_facts(place)
+    if facts is None:
+        return None
+    try:
+        number, builder.cut, sha256 = int(facts["shards"]), bool(facts["cut"]), str(facts["sha256"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    paths = [place / shard_name(index) for index in range(number)]
+    if not all(path.is_file() for path in paths):
+        return None
+    shards = [open_shard(path) for path in paths]
+    for shard in shards:
+        builder.judge(shard.facts.flaws)
+    return _Tokenized(shards, sha256)
+
+
+def _stream(builder: Builder, shards: list[Shard], side: Side) -> Stream:
+    return Stream([shard.pieces[side] for shard in shards], builder.tokenizer.begin)
+
+
+def _corpus(builder: Builder, found: _Tokenized) -> Corpus:
+    shards, tokenizer = found.shards, builder.tokenizer
+    train, heldout = (sum((shard.facts.extents[side] for shard in shards), Extent()) for side in SIDES)
     return Corpus(
-        train=train_tokens,
-        heldout=heldout_tokens,
+        train=_stream(builder, shards, "train"),
+        heldout=_stream(builder, shards, "heldout"),
         vocab_size=tokenizer.vocab_size,
-        sha256=sha256,
+        boundary=tokenizer.separator if tokenizer.begin is None else tokenizer.begin,
+        sha256=found.sha256,
         num_train_documents=train.num_documents,
         num_heldout_documents=heldout.num_documents,
         num_train_bytes=train.num_bytes,
         num_heldout_bytes=heldout.num_bytes,
-        description=_describe(data, train, heldout, cut) + f", sha256 {sha256[:12]}" + _note(flaws),
+        train_bytes_per_token=train.bytes_per_token,
+        heldout_bytes_per_token=heldout.bytes_per_token,
+        description=_describe(builder, train, heldout) + f", sha256 {found.sha256[:12]}" + _note(builder),
     )
 
 
-class _Side:
-    """One side of the split while it grows; `array.array` because it grows in place."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.num_documents = 0
-        self.num_bytes = 0
-        self._tokenizer = tokenizer
-        self._tokens: array.array[int] = array.array(tokenizer.dtype.char)
-        self._pending: list[bytes | memoryview] = []
-        self._num_pending = 0
-
-    def add(self, text: bytes | memoryview) -> None:
-        self.num_documents += 1
-        self.num_bytes += len(text) + 1
-        self._pending.append(text)
-        self._num_pending += len(text)
-        if self._num_pending >= _BATCH_BYTES:
-            self._flush()
-
-    def tokens(self) -> Tokens:
-        self._flush()
-        tokens = np.frombuffer(self._tokens, dtype=self._tokenizer.dtype)
-        tokens.flags.writeable = False
-        return tokens
-
-    def _flush(self) -> None:
-        for part in self._tokenizer.encode_documents(self._pending):
-            self._tokens.frombytes(part.view(np.uint8).data)
-        self._pending.clear()
-        self._num_pending = 0
+def _mixture(data: MixtureData, parts: dict[str, Corpus]) -> Corpus:
+    weights = data.weights or {name: float(len(part.train)) for name, part in parts.items()}
+    total = sum(weights.values())
+    begin = next(iter(parts.values())).train.begin
+    listed = [[name, part.sha256, weights[name]] for name, part in parts.items()]
+    shares = [f"{100 * weights[name] / total:.3g}% {name} ({part.description})" for name, part in parts.items()]
+    some = next(iter(parts.values()))
+    return Corpus(
+        train=Stream.joined({name: (part.train, weights[name]) for name, part in parts.items()}, begin),
+        heldout=Stream.joined({name: (part.heldout, 1.0) for name, part in parts.items()}, begin),
+        vocab_size=some.vocab_size,
+        boundary=some.boundary,
+        sha256=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        num_train_documents=sum(part.num_train_documents for part in parts.values()),
+        num_heldout_documents=sum(part.num_heldout_documents for part in parts.values()),
+        num_train_bytes=sum(part.num_train_bytes for part in parts.values()),
+        num_heldout_bytes=sum(part.num_heldout_bytes for part in parts.values()),
+        train_bytes_per_token=sum(weights[name] / total * part.train_bytes_per_token for name, part in parts.items()),
+        heldout_bytes_per_token=_mean_bytes(parts),
+        description="; ".join(shares),
+        parts=parts,
+    )
 
 
-def _fill(data: DataSpec, sources: list[Source], tokenizer: Tokenizer, cut: bool) -> tuple[_Side, _Side, list[Flaw]]:
-    """Training side, held-out side and what was passed over. `cut` divides each document instead of placing it."""
-    train, heldout, flaws = _Side(tokenizer), _Side(tokenizer), list[Flaw]()
-    for document in read_documents(data, sources):
-        if isinstance(document, Flaw):
-            flaws.append(document)
-            if len(flaws) == _FLAWS_SHOWN:
-                _refuse(data, flaws)
-        elif cut:
-            at = _cut(document.text, data.heldout_fraction)
-            for side, part in ((train, memoryview(document.text)[:at]), (heldout, memoryview(document.text)[at:])):
-                if part:
-                    side.add(part)
-        else:
-            (heldout if _is_held_out(document, data) else train).add(document.text)
-    _refuse(data, flaws)
-    return train, heldout, flaws
+def _mean_bytes(parts: dict[str, Corpus]) -> float:
+    """Bytes over tokens of all held-out texts together."""
+    tokens = {name: part.num_heldout_bytes / part.heldout_bytes_per_token for name, part in parts.items()}
+    return sum(part.num_heldout_bytes for part in parts.values()) / sum(tokens.values())
 
 
-def _is_held_out(document: Document, data: DataSpec) -> bool:
-    digest = hashlib.blake2b(document.key, digest_size=8, key=str(data.seed).encode()).digest()
-    return int.from_bytes(digest, "little") < data.heldout_fraction * 2.0**64
-
-
-def _cut(text: bytes, heldout_fraction: float) -> int:
-    """Where the held-out end of a text begins: at a character."""
-    at = int(len(text) * (1 - heldout_fraction))
-    while at < len(text) and text[at] & 0xC0 == 0x80:
-        at += 1
-    return at
-
-
-def _refuse(data: DataSpec, flaws: list[Flaw]) -> None:
-    """Raise for lines without text, unless the user has said to skip them. The standard library is always skipped."""
-    if flaws and isinstance(data, FilesData) and data.bad_lines == "error":
-        listed = "".join(f"\n  {flaw.where}: {flaw.reason}" for flaw in flaws)
-        more = " (reading stopped there)" if len(flaws) == _FLAWS_SHOWN else ""
-        raise ConfigError(
-            f"data.paths: found {_count(len(flaws), 'text')} that cannot be used{more}; "
-            f"correct or leave out the files, or skip such texts with data.bad_lines=skip{listed}"
-        )
-
-
-def _hash(*sides: Tokens) -> str:
+def _hash(*sides: Stream) -> str:
     digest = hashlib.sha256()
     for tokens in sides:
         digest.update(f"{tokens.dtype.itemsize} {len(tokens)}\n".encode())
-        digest.update(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).data)
+        for start in range(0, len(tokens), _HASHED_AT_ONCE):
+            part = tokens[start : start + _HASHED_AT_ONCE]
+            digest.update(part.astype(tokens.dtype.newbyteorder("<"), copy=False).data)
     return digest.hexdigest()
 
 
-def _describe(data: DataSpec, train: _Side, heldout: _Side, cut: bool) -> str:
+def _describe(builder: Builder, train: Extent, heldout: Extent) -> str:
+    data, noun = builder.data, "document"
     if isinstance(data, FilesData):
-        name, noun = " ".join(data.paths), "document"
+        name = " ".join(data.paths)
+    elif isinstance(data, HFData):
+        name = f"{data.path} {data.split}"
     else:
         name, noun = f"standard library of Python {platform.python_version()}", "file"
     return (
-        f"{name}: {train.num_bytes / 1e6:.2f} MB in {_count(train.num_documents, noun)} to train on, "
-        f"{heldout.num_bytes / 1e6:.2f} MB in {_count(heldout.num_documents, noun)} held out"
-        + (" (the end of each)" if cut else "")
+        f"{name}: {train.num_bytes / 1e6:.2f} MB in {count(train.num_documents, noun)} to train on, "
+        f"{heldout.num_bytes / 1e6:.2f} MB in {count(heldout.num_documents, noun)} held out"
+        + (" (the end of each)" if builder.cut else "")
     )
 
 
-def _note(flaws: list[Flaw]) -> str:
+def _note(builder: Builder) -> str:
+    flaws = builder.flaws
     if not flaws:
         return ""
-    return f"; {_count(len(flaws), 'text')} skipped (the first: {flaws[0].where}: {flaws[0].reason})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    where, reason = flaws[0]
+    all_of_them = f"; all: {builder.place / cache.SKIPPED}" if builder.place and len(flaws) > 1 else ""
+    return f"; {count(len(flaws), 'text')} skipped (the first: {where}: {reason}{all_of_them})"

@@ -1,213 +1,189 @@
-"""Documents one by one: found on disk in a fixed order, read, and checked to be text."""
+"""Documents one by one: found in a fixed order, read from any place in it, and checked to be text."""
 
 from __future__ import annotations
 
 import codecs
-import glob
-import gzip
-import json
 import os
-import platform
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Literal, NamedTuple
 
-from zoo.spec.base import ConfigError, near
-from zoo.spec.data import DataSpec, FilesData, StdlibData
+from zoo.data import hub
+from zoo.data.formats import Part, Record, read_file
+from zoo.data.paths import library_files, matching_files
+from zoo.spec.base import ConfigError
+from zoo.spec.data import DataSpec, FilesData, HFData, MixtureData, RecordsSpec, SplitSpec, StdlibData
 
-_NOT_EVERYWHERE = frozenset(
-    "site-packages dist-packages __pycache__ lib-dynload "
-    "test tests idle_test idlelib lib2to3 distutils ensurepip macholib tkinter turtledemo".split()
-)
-"""Folders below the standard library that are no part of it, or that some distributions leave out."""
-_LOCAL = ("_sysconfigdata", "_distutils_system_mod", "sitecustomize", "usercustomize", "python-config")
-"""Files that begin so are written when Python is built or packaged, and differ from machine to machine."""
+Side = Literal["train", "heldout"]
+_DECODED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read."""
+    """A file or a data set to read."""
 
     name: str
-    """Below the library's root (`stdlib`), or as the user writes it (`files`); with forward slashes."""
+    """Below the library's root (`stdlib`), or as the user writes it; with forward slashes."""
     path: Path
+    side: Side | None = None
+    """What all of it is for; None: each document goes by its hash."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Position(NamedTuple):
+    """A place in the order of all documents."""
+
+    source: int = 0
+    """Index of the source."""
+    record: int = 0
+    """Line, row or document of the source, from 0."""
+
+
+START = Position()
+
+
+class Document(NamedTuple):
     """A text that belongs, as a whole, to one side of the split."""
 
     key: bytes
     """What the split looks at."""
-    text: bytes
-    """UTF-8 without the byte 0."""
+    parts: tuple[Part, ...]
+    """UTF-8 without the byte 0, in pieces that are learned or only read."""
+    source: int = 0
+    """Index of its source."""
+    record: int = 0
+    """Its number in that source."""
+    end: int = 0
+    """Bytes of the source that have been read up to its end."""
+
+    @property
+    def next(self) -> Position:
+        """Where to read on after it."""
+        return Position(self.source, self.record + 1)
+
+    @property
+    def text(self) -> bytes:
+        """All parts together."""
+        return _joined(self.parts)
 
 
-@dataclass(frozen=True)
-class Flaw:
+class Flaw(NamedTuple):
     """A line, row or file that holds no usable text."""
 
     where: str
     """`file` or `file:line`."""
     reason: str
+    source: int = 0
+    record: int = 0
+
+    @property
+    def next(self) -> Position:
+        """Where to read on after it."""
+        return Position(self.source, self.record + 1)
 
 
 def find_sources(data: DataSpec) -> list[Source]:
-    """The files of a corpus, sorted by name, so that no order of a directory listing shows.
+    """What a corpus is read from, in order.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is nothing.
     """
+    if isinstance(data, MixtureData):
+        return [source for part in data.sources.values() for source in find_sources(part)]
     if isinstance(data, StdlibData):
-        return _stdlib_sources(Path(sysconfig.get_path("stdlib")))
+        root = Path(sysconfig.get_path("stdlib"))
+        return [Source(path.relative_to(root).as_posix(), path) for path in library_files(root)]
     if isinstance(data, FilesData):
-        paths = {os.path.realpath(path): path for pattern in data.paths for path in _match(pattern)}
-        return [Source(paths[real].as_posix(), paths[real]) for real in sorted(paths)]
+        return _file_sources(data)
+    if isinstance(data, HFData):
+        splits: list[tuple[str, Side | None]] = [(data.split, None)]
+        if data.heldout_split:
+            splits = [(data.split, "train"), (data.heldout_split, "heldout")]
+        path = hub.find(data)
+        return [Source(split, path, side) for split, side in splits]
     raise TypeError(f"no reader for {type(data).__qualname__}")
 
 
-def read_documents(data: DataSpec, sources: list[Source]) -> Iterator[Document | Flaw]:
-    """Every document of `sources` in order, one in memory at a time; in its place a `Flaw` where there is no text.
+def read_documents(data: SplitSpec, sources: list[Source], start: Position = START) -> Iterator[Document | Flaw]:
+    """Every document of `sources` from `start` on, one in memory at a time; a `Flaw` where there is no text.
 
     Raises:
         ConfigError: a file cannot be read at all.
     """
-    for source in sources:
+    for index in range(start.source, len(sources)):
+        source = sources[index]
+        skip = start.record if index == start.source else 0
         try:
-            for where, text in _read(data, source):
-                flaw = text if isinstance(text, str) else _flaw(text)
+            for number, end, found in _read(data, source, skip):
+                flaw = found if isinstance(found, str) else _flaw(found)
                 if flaw:
-                    yield Flaw(where, flaw)
-                elif isinstance(text, bytes):
+                    yield Flaw(_where(data, source, number), flaw, index, number)
+                elif not isinstance(found, str):
                     # Files of the library keep their side when Python is updated; equal texts share a side elsewhere.
-                    yield Document(os.fsencode(source.name) if isinstance(data, StdlibData) else text, text)
+                    key = os.fsencode(source.name) if isinstance(data, StdlibData) else _joined(found)
+                    yield Document(key, found, index, number, end)
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(f"data: found '{source.path}'; cannot be read: {error}") from error
 
 
-def _stdlib_sources(root: Path) -> list[Source]:
-    if not (root / "os.py").is_file():
-        raise ConfigError(
-            f"data.type: found 'stdlib'; this Python {platform.python_version()} has no source files of its library "
-            f"in {root}; use another Python, or texts of your own: data=files data.paths=[texts/]"
-        )
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NOT_EVERYWHERE]
-        found += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(_LOCAL)]
-    return sorted((Source(path.relative_to(root).as_posix(), path) for path in found), key=lambda source: source.name)
+def _file_sources(data: FilesData) -> list[Source]:
+    train = matching_files(data.paths, "data.paths")
+    if not data.heldout_paths:
+        return [Source(path.as_posix(), path) for path in train]
+    heldout = matching_files(data.heldout_paths, "data.heldout_paths")
+    if both := {os.path.realpath(path) for path in train} & {os.path.realpath(path) for path in heldout}:
+        rule = f"{min(both)} is also one of data.paths; a model is not judged by what it has learned"
+        raise ConfigError(f"data.heldout_paths: found {list(data.heldout_paths)}; {rule}")
+    sources = [Source(path.as_posix(), path, "train") for path in train]
+    return sources + [Source(path.as_posix(), path, "heldout") for path in heldout]
 
 
-def _match(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = [file for match in matches for file in ([match] if not match.is_dir() else _walk(match))]
-    if not files:
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        rule = "holds no files" if path.is_dir() else f"matches no file or directory, seen from {Path.cwd()}"
-        hint = near(path.name, siblings) or "give files, directories or quoted patterns"
-        raise ConfigError(f"data.paths: found {pattern!r}; {rule}; {hint}")
-    return files
+def _read(data: SplitSpec, source: Source, skip: int) -> Iterator[Record]:
+    if isinstance(data, StdlibData):
+        return iter([] if skip else [(0, source.path.stat().st_size, ((source.path.read_bytes(), True),))])
+    assert isinstance(data, RecordsSpec)
+    keys = (data.text_key,) if data.prompt_key is None else (data.prompt_key, data.text_key)
+    if isinstance(data, HFData):
+        return hub.read(data, source.name, keys, skip)
+    return read_file(source.path, keys, skip)
 
 
-def _walk(root: Path) -> list[Path]:
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        seen.add(real)  # a link may lead back up
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return found
+def _joined(parts: tuple[Part, ...]) -> bytes:
+    return bytes(parts[0][0]) if len(parts) == 1 else b"".join(text for text, _ in parts)
 
 
-def _read(data: DataSpec, source: Source) -> Iterator[tuple[str, bytes | str]]:
-    """Where a document stands, and its bytes; a string instead says why there are none."""
-    suffixes = [suffix.lower() for suffix in source.path.suffixes]
-    if isinstance(data, FilesData) and suffixes[-1:] == [".parquet"]:
-        yield from _read_parquet(source, data.text_key)
-        return
-    packed = isinstance(data, FilesData) and suffixes[-1:] == [".gz"]
-    with gzip.open(source.path) if packed else open(source.path, "rb") as file:
-        if isinstance(data, FilesData) and ".jsonl" in (suffixes[-2:] if packed else suffixes[-1:]):
-            yield from _read_jsonl(file, source, data.text_key)
-        else:
-            yield source.name, file.read()
+def _where(data: SplitSpec, source: Source, number: int) -> str:
+    if isinstance(data, HFData):
+        return f"{data.path} {source.name}:{number + 1}"
+    suffixes = {suffix.lower() for suffix in source.path.suffixes[-2:]}
+    rows = isinstance(data, FilesData) and suffixes & {".jsonl", ".parquet", ".arrow", ".feather"}
+    return f"{source.name}:{number + 1}" if rows else source.name
 
 
-def _read_jsonl(file: IO[bytes] | gzip.GzipFile, source: Source, key: str) -> Iterator[tuple[str, bytes | str]]:
-    for number, line in enumerate(file, start=1):
-        if not line.isspace():
-            yield f"{source.name}:{number}", _text_of_line(line, key)
+def _flaw(parts: tuple[Part, ...]) -> str:
+    """Why a document cannot be used; empty when it can."""
+    for text, _ in parts:
+        data = bytes(text)
+        if b"\0" in data:
+            return f"not text: byte 0 at offset {data.index(0)}"
+        if len(data) <= _DECODED_AT_ONCE:
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                return f"not UTF-8: {error.reason} near byte {error.start}"
+        elif flaw := _flaw_of_long(data):
+            return flaw
+    return ""
 
 
-def _text_of_line(line: bytes, key: str) -> bytes | str:
-    try:
-        row = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        return f"not JSON at column {error.colno}: {error.msg.removesuffix(' at')}"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON in UTF-8: {error}"
-    if not isinstance(row, dict):
-        return f"an object with the key {key!r} is needed, not {_json_type(row)}"
-    if key not in row:
-        return f"no key {key!r}; keys: {', '.join(list(row)[:8]) or 'none'}; set data.text_key"
-    if not isinstance(row[key], str):
-        return f"{key!r} must be a string, not {_json_type(row[key])}"
-    try:
-        return row[key].encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair
-        return f"not text: {error}"
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bytes | str]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"data.paths: found '{source.path}'; Parquet needs the package pyarrow; pip install pyarrow"
-        ) from None
-    number = 0
-    try:
-        with pq.ParquetFile(source.path) as file:
-            _check_column(file.schema_arrow, source, column)
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
-                texts = batch.column(0)
-                if pa.types.is_dictionary(texts.type):
-                    texts = texts.dictionary_decode()
-                for value in texts.cast(pa.large_binary()).to_pylist():
-                    number += 1
-                    yield f"{source.name}:{number}", "null, not text" if value is None else value
-    except pa.ArrowException as error:
-        raise ConfigError(f"data.paths: found '{source.path}'; not readable as Parquet: {error}") from error
-
-
-def _check_column(schema: Any, source: Source, column: str) -> None:
-    if column not in schema.names:
-        hint = near(column, schema.names) or f"columns: {', '.join(schema.names)}"
-        raise ConfigError(f"data.text_key: found {column!r}; no such column in {source.path}; {hint}")
-    kind = str(schema.field(column).type)
-    if kind not in ("string", "large_string", "string_view") and not kind.startswith("dictionary<values=string"):
-        raise ConfigError(f"data.text_key: found {column!r}; this column of {source.path} holds {kind}, not text")
-
-
-def _flaw(text: bytes) -> str:
-    """Why `text` cannot be a document; empty when it can."""
-    if b"\0" in text:
-        return f"not text: byte 0 at offset {text.index(0)}"
+def _flaw_of_long(data: bytes) -> str:
+    """Why a text is not UTF-8; decoded in steps, so that a large text is never in memory a second time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    step = 1 << 20  # decoded in steps, so that a large text is never in memory a second time
     try:
-        for start in range(0, len(text), step):
-            decoder.decode(text[start : start + step], final=start + step >= len(text))
+        for start in range(0, len(data), _DECODED_AT_ONCE):
+            decoder.decode(data[start : start + _DECODED_AT_ONCE], final=start + _DECODED_AT_ONCE >= len(data))
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error.reason} near byte {start + error.start}"
     return ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
+from zoo.data.stream import Stream
 from zoo.data.tokenizer import Tokens
 
 _Ints = npt.NDArray[np.int64]
@@ -40,20 +43,24 @@ class TrigramBaseline:
         """For each order, by bucket of the context's count (0, 1, 2 to 3, 4 to 7, ...)."""
 
     @classmethod
-    def fit(cls, train: Tokens, vocab_size: int = 256) -> TrigramBaseline:
+    def fit(cls, train: Stream | Tokens, vocab_size: int = 256) -> TrigramBaseline:
         """Count `train`; fit the weights on parts of it while these are left out of the counts.
 
         Args:
-            train: One-dimensional, ids below `vocab_size`, at least 64.
+            train: A stream, or a one-dimensional array; ids below `vocab_size`, at least 64.
             vocab_size: At most 256; the table of trigrams has vocab_size ** 3 entries of 8 bytes.
         """
-        if train.ndim != 1 or len(train) < 2 * _NUM_RUNS or vocab_size > 256 or train.max() >= vocab_size:
-            raise ValueError(f"tokens of shape {train.shape} do not fit a table of trigrams of {vocab_size} ids")
+        if train.ndim != 1 or len(train) < 2 * _NUM_RUNS or vocab_size > 256:
+            raise ValueError(f"{len(train)} tokens do not fit a table of trigrams of {vocab_size} ids")
         trigrams = np.zeros(vocab_size**3, dtype=np.int64)
         for start in range(0, len(train) - 2, _CHUNK):
-            np.add.at(trigrams, _codes(train[start : start + _CHUNK + 2], 3, vocab_size), 1)
-        runs = np.array_split(train, _NUM_RUNS)
-        held_back = np.concatenate([_codes(run[: max(3, len(run) // _HELD_BACK)], 3, vocab_size) for run in runs])
+            part = train[start : start + _CHUNK + 2]
+            if part.max() >= vocab_size:
+                raise ValueError(f"token {part.max()} does not fit a table of trigrams of {vocab_size} ids")
+            np.add.at(trigrams, _codes(part, 3, vocab_size), 1)
+        bounds = [run * (len(train) // _NUM_RUNS) + min(run, len(train) % _NUM_RUNS) for run in range(_NUM_RUNS + 1)]
+        runs = [train[a : a + max(3, (b - a) // _HELD_BACK)] for a, b in pairwise(bounds)]
+        held_back = np.concatenate([_codes(run, 3, vocab_size) for run in runs])
         np.subtract.at(trigrams, held_back, 1)
         weights = cls(trigrams, [])._fit_weights(held_back)
         np.add.at(trigrams, held_back, 1)

@@ -14,6 +14,7 @@ from zoo.spec.hardware import ChipSpec, HardwareSpec
 
 _TRAINS_ON = ("cuda", "mps", "cpu")
 """Kinds of devices that zoo computes on, the preferred one first."""
+_CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 _CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -133,6 +134,35 @@ def _memory_gib() -> float:
         text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return round(min(limits) / 2**30, 2)
+
+
+def available_gib(device: str) -> float | None:
+    """Memory of a kind of device that is free for this process; None where nobody says.
+
+    On a processor: what the system can hand out without swapping, and no more than the container has left.
+    """
+    if device == "cuda":
+        return float(_torch().cuda.mem_get_info()[0]) / 2**30
+    if device != "cpu":
+        return None
+    free = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(1024 * int(line.split()[1]))
+    except OSError:
+        free.append(round(_memory_gib() * 2**30))
+    for limit, used in zip(_CGROUP_MEMORY, _CGROUP_USED, strict=True):
+        found = [_number(Path(path)) for path in (limit, used)]
+        if found[0] is not None and found[1] is not None:
+            free.append(max(0, found[0] - found[1]))
+    return min(free) / 2**30 if free else None
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file of the kernel holds; None for no file, or no limit."""
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def _torch() -> Any:

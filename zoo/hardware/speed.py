@@ -1,4 +1,4 @@
-"""How fast this machine is, measured in about a second and kept, because a processor's peak cannot be looked up."""
+"""How fast this machine is, measured in a few seconds and kept, because a processor's peak cannot be looked up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.hardware.local import num_cpus
+from zoo.plan.local import Rates
 
 if TYPE_CHECKING:
     import torch
 
     from zoo.spec.hardware import ChipSpec
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the same machine would be measured otherwise."""
 _BUDGET_S = 0.4
 """For the products of one dtype."""
@@ -39,6 +40,8 @@ class Speed:
     """Product of two square matrices, by dtype (`fp32`, `bf16`); without the dtypes that the device cannot multiply."""
     memory_gb_s: float
     """Copying memory: bytes read plus bytes written, in 10**9 a second."""
+    rates: Rates | None = None
+    """Of single operations; None for devices other than processors, whose work is not predicted one by one."""
 
 
 def measure(chip: ChipSpec) -> Speed:
@@ -52,7 +55,7 @@ def measure(chip: ChipSpec) -> Speed:
     speed, was_busy = _read(path, key)
     if speed is None or (was_busy and not busy):
         speed = _measure(chip.device or "cpu")
-        _write(path, {"machine": key, "busy": busy, **asdict(speed)})
+        write_cache(path, {"machine": key, "busy": busy, **asdict(speed)})
     return speed
 
 
@@ -87,7 +90,9 @@ def _read(path: Path, key: dict[str, Any]) -> tuple[Speed | None, bool]:
     """What is kept for `key`, if it can be made sense of, and whether the machine was busy then."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        speed = Speed({name: float(value) for name, value in data["tflops"].items()}, float(data["memory_gb_s"]))
+        tflops = {name: float(value) for name, value in data["tflops"].items()}
+        rates = None if data["rates"] is None else Rates(**data["rates"])
+        speed = Speed(tflops, float(data["memory_gb_s"]), rates)
         known = data["machine"] == key
         was_busy = bool(data["busy"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -96,8 +101,8 @@ def _read(path: Path, key: dict[str, Any]) -> tuple[Speed | None, bool]:
     return (speed if known and sound and "fp32" in speed.tflops else None), was_busy
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """At once, so that no other process reads half of it."""
+def write_cache(path: Path, data: dict[str, Any]) -> None:
+    """At once, so that no other process reads half of it. A place that cannot be written is left alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as draft:
@@ -114,7 +119,16 @@ def _measure(device: str) -> Speed:
     products = {
         name: _matmul_tflops(place, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    return Speed({name: value for name, value in products.items() if value}, _copy_gb_s(place))
+    tflops = {name: value for name, value in products.items() if value}
+    return Speed(tflops, _copy_gb_s(place), _rates(device))
+
+
+def _rates(device: str) -> Rates | None:
+    if device != "cpu":
+        return None
+    from zoo.hardware.rates import measure_rates
+
+    return measure_rates()
 
 
 def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:

@@ -134,9 +134,13 @@ class PrecisionSpec(Spec):
 class KernelsSpec(Spec):
     """Which implementation computes a block; all of them agree (DESIGN.md, section 5)."""
 
-    experts: Literal["auto", "loop", "grouped", "grouped_mm"] = "auto"
+    experts: Literal["auto", "loop", "grouped", "grouped_mm", "compiled"] = "auto"
     """`loop`: one expert after the other, the reference. `grouped`: sorted by expert, in one autograd function.
-    `grouped_mm`: torch's own grouped matrix multiplication. `auto`: the fastest that runs on the device."""
+    `grouped_mm`: torch's own grouped matrix multiplication. `compiled`: a kernel for gated silu experts in fp32 on a
+    CPU, made by a C++ compiler when it is first needed. `auto`: the fastest that runs on the device."""
+    decode: Literal["auto", "eager", "compiled"] = "auto"
+    """Writing text, one token at a time. `eager`: block by block. `compiled`: by kernels that a C++ compiler makes for
+    this processor when they are first needed. `auto`: compiled where that is possible and worth it."""
 
 
 def _leaves(spec: BaseModel, path: str = "") -> list[str]:

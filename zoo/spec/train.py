@@ -116,15 +116,18 @@ class TrainSpec(Spec):
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt
-    """Sequences per micro-batch."""
-    grad_accumulation: PositiveInt = 1
-    """Micro-batches per optimizer step."""
+    """Sequences of an optimizer step."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Sequences that are worked on at once; gradients are accumulated over the others. `auto`: the plan's choice."""
     seq_len: PositiveInt
     """Tokens per sequence."""
     clip_norm: PositiveFloat | None = 1.0
     """Longest gradient, all parameters together; null: no clipping."""
-    recompute: Literal["none", "layer"] = "none"
-    """`layer` keeps only each layer's input and computes the rest again in the backward pass."""
+    recompute: Literal["auto", "none", "layer"] = "auto"
+    """`layer` keeps only each layer's input and computes the rest again in the backward pass. `auto`: where nothing
+    else fits."""
+    check_memory: bool = True
+    """Refuse a run that is predicted to need more memory than is free."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; null: only at the end."""
     eval_tokens: PositiveInt = 65536
@@ -138,10 +141,17 @@ class TrainSpec(Spec):
     """Tokens to write after the prompt at the end; 0: no sample."""
     sample_temperature: NonNegativeFloat = 0.8
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainSpec:
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
+            rule = f"must divide train.batch_size, {self.batch_size}"
+            raise problem("micro_batch", self.micro_batch, rule, "or auto")
+        return self
+
     @property
     def tokens_per_step(self) -> int:
         """Target tokens of one optimizer step."""
-        return self.batch_size * self.grad_accumulation * self.seq_len
+        return self.batch_size * self.seq_len
 
 
 class CheckpointSpec(Spec):
@@ -211,10 +221,12 @@ class ManualParallelSpec(ParallelSpec):
     """Tensor parallel inside the experts."""
     dp: PositiveInt = 1
     """Data parallel."""
+    shard: PositiveInt = 1
+    """Of the dp * cp devices with the same part of the model, how many share its weights."""
 
     @property
     def degrees(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp")}
+        return {name: getattr(self, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "shard")}
 
     @property
     def num_devices(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,15 +15,21 @@ from zoo.data.ngram import TrigramBaseline
 from zoo.data.tokenizer import Tokenizer
 from zoo.decoder import Decoder, build
 from zoo.hardware import Speed, local_hardware, measure
-from zoo.hardware.local import num_cpus
+from zoo.hardware.local import available_gib, num_cpus
 from zoo.hardware.speed import cache_dir
 from zoo.spec.data import BytesTokenizer, FileTokenizer
 from zoo.spec.hardware import ChipSpec, PrecisionSpec
 from zoo.spec.run import RunSpec
 from zoo.train.checks import check_inputs
+from zoo.train.events import Predicted
 from zoo.train.optim import build_optimizers
+from zoo.train.peak import PeakMeter
+from zoo.train.placement import Placement, place
+from zoo.train.prediction import predictor
 from zoo.train.trainer import Autocast
 
+FLOPS_FACTOR = 3
+"""Forward and backward over forward: the backward pass multiplies twice for every product of the forward pass."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLEARLY_FASTER = 1.5
 """bf16 costs accuracy: it has to multiply at least this many times as fast as fp32 to be chosen unasked."""
@@ -49,30 +56,52 @@ class Assembly:
     """One line for people."""
     choices: tuple[str, ...]
     """One line for each decision taken here, with its reason."""
+    placement: Placement
+    """Micro-batch and recomputing, chosen or as the settings say, with what they are predicted to take."""
+    peak: PeakMeter
+    """Watches memory since before there was a model."""
     baselines: dict[str, float]
     """Bits per byte of simple models on the text that evaluations read."""
     sample: Callable[[str], str]
     """Write on from a prompt, as the settings say."""
 
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOP/s over what the machine reaches in matrix products; None when that is not known."""
+        if not self.peak_flops_per_s:
+            return None
+        return FLOPS_FACTOR * self.forward_flops_per_token * tokens_per_s / self.peak_flops_per_s
 
-def assemble(run: RunSpec, compute: str | None = None) -> Assembly:
+    def predicted(self, tokens_per_step: int) -> Predicted:
+        """What the plan expects of a step."""
+        seconds = self.placement.step_time_s
+        mfu = None if seconds is None else self.mfu(tokens_per_step / seconds)
+        return Predicted(seconds, self.placement.memory_gib, mfu)
+
+
+def assemble(run: RunSpec, decided: Mapping[str, Any] | None = None) -> Assembly:
     """Everything that `run` describes, the weights at their random start.
 
     Args:
-        compute: What `precision.compute=auto` was decided to be when the run was started, if it was before.
+        decided: What was decided when the run was started, if it was before: `compute`, and what `Placement.decided`
+            gives.
 
     Raises:
-        ConfigError: no such device here, no text, or too little of it.
+        ConfigError: no such device here, too little memory on it, no text, or too little of that.
     """
     tokenizer = check_inputs(run)
-    chip = local_hardware(run.hardware).chip
+    machine = local_hardware(run.hardware)
+    chip = machine.chip
     device = torch.device(chip.device or "cpu")
     speed = measure(chip)
-    compute, choices = _choose_precision(run.precision, speed, compute)
+    compute, choices = _choose_precision(run.precision, speed, decided["compute"] if decided else None)
+    seconds = predictor(run, machine, speed, compute)
+    placement = place(run, compute=compute, room_gib=_room_gib(chip), seconds=seconds, decided=decided)
+    choices += placement.reasons
     # Reading bytes is quick; what a tokenizer has made of a text is worth keeping.
     keep = cache_dir() / "corpora" if isinstance(run.tokenizer, FileTokenizer) else None
     corpus = load_corpus(run.data, run.tokenizer, keep)
-    model = _build_model(run, device)
+    peak_meter = PeakMeter(device)
+    model = _build_model(run, device, placement.recompute)
     if model.moe_layers() and run.kernels.experts == "auto":
         choices.append(_experts_choice(device))
     peak = speed.tflops.get(compute)
@@ -87,16 +116,25 @@ def assemble(run: RunSpec, compute: str | None = None) -> Assembly:
         peak_flops_per_s=peak * 1e12 if peak else None,
         hardware=_describe(chip, speed, compute),
         choices=tuple(choices),
+        placement=placement,
+        peak=peak_meter,
         baselines=_baselines(run, corpus),
         sample=_sampler(run, model, tokenizer, device),
     )
 
 
-def _build_model(run: RunSpec, device: torch.device) -> Decoder:
+def _room_gib(chip: ChipSpec) -> float | None:
+    """Memory that is free, and no more than the settings say that there is."""
+    found = [room for room in (available_gib(chip.device or "cpu"), chip.memory_gib) if room is not None]
+    return min(found, default=None)
+
+
+def _build_model(run: RunSpec, device: torch.device, recompute: str) -> Decoder:
     # Made on the processor: the same seed gives the same weights on every device.
     torch.manual_seed(run.train.seed)
     model = build(run.model, dtype=DTYPES[run.precision.weights]).to(device)
-    model.recompute = run.train.recompute
+    model.recompute = "layer" if recompute == "layer" else "none"
+    model.decoding = run.kernels.decode
     for moe in model.moe_layers().values():
         moe.experts.backend = run.kernels.experts
     return model

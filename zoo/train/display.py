@@ -14,7 +14,7 @@ from rich.padding import Padding
 from zoo.train import panels
 from zoo.train.events import Evaluated, LayerHealth, RunFinished, RunStarted, StepDone
 from zoo.train.routing import summary
-from zoo.train.wording import closing, facts, judgement, numbers, printable, rivals, shown_path
+from zoo.train.wording import as_predicted, closing, facts, judgement, numbers, printable, rivals, shown_path
 
 MAX_WIDTH = 100
 INDENT = 2
@@ -150,6 +150,8 @@ class PlainDisplay:
         assert self._started is not None
         self._write("")
         self._write(closing(self._started, event))
+        if beside := as_predicted(event):
+            self._write(beside)
         if event.last_eval is not None:
             self._write(f"{'held-out':<10}{event.last_eval.bits_per_byte:.3f} bits per byte, lower is better")
             for rival in rivals(event.last_eval.bits_per_byte, event.baselines):

@@ -23,6 +23,16 @@ class LayerHealth:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What the plan expects of a run; None: nothing is known of it."""
+
+    step_time_s: float | None
+    peak_memory_gib: float | None
+    """Of the tensors of a step."""
+    mfu: float | None
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """Sent once, before the first step."""
 
@@ -40,6 +50,7 @@ class RunStarted:
     tokens_per_step: int
     baselines: dict[str, float] = field(default_factory=dict)
     """Held-out bits per byte of simple models, by name."""
+    predicted: Predicted | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,13 @@ class RunFinished:
     files: tuple[Path, ...]
     sample_prompt: str = ""
     """What the sample goes on from."""
+    step_time_s: float | None = None
+    """Median of the steps; None: there was none."""
+    mfu: float | None = None
+    """At that step time."""
+    peak_memory_gib: float | None = None
+    """Most that the device held of this run, above what was there before the model; None: not known."""
+    predicted: Predicted | None = None
 
 
 class Reporter(Protocol):

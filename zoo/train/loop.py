@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,6 @@ from zoo.train.trainer import (
     refuse_nonfinite,
 )
 
-FLOPS_FACTOR = 3
-"""Forward and backward over forward: the backward pass multiplies twice for every product of the forward pass."""
-
 
 def train(
     run: RunSpec, run_dir: Path, reporters: Sequence[Reporter] = (), stop: StopSignal | None = None
@@ -60,12 +58,12 @@ class Session:
         self.run_dir = run_dir
         self.reporters = reporters
         checkpoint, notes = self._find_checkpoint()
-        self.parts: Assembly = assemble(run, checkpoint.state()["compute"] if checkpoint else None)
+        self.parts: Assembly = assemble(run, checkpoint.state() if checkpoint else None)
         self.counter = RoutingCounter(self.parts.model.moe_layers())
         train, corpus = run.train, self.parts.corpus
         self.batches = Batches(
             corpus.train,
-            batch_size=train.batch_size * train.grad_accumulation,
+            batch_size=train.batch_size,
             seq_len=train.seq_len,
             seed=train.seed,
         )
@@ -74,6 +72,8 @@ class Session:
         """Optimizer steps done."""
         self.saved_step = 0
         self.last_eval: Evaluated | None = None
+        self.step_times: list[float] = []
+        """Of this session, seconds."""
         if checkpoint:
             notes = self._restore(checkpoint) + notes
         self.provenance = write_provenance(run, run_dir)
@@ -104,7 +104,7 @@ class Session:
         torch.manual_seed((run.train.seed * 1_000_003 + self.step) % 2**63)
         inputs, targets = self.batches.batch(self.step)
         batch = inputs.to(parts.device), targets.to(parts.device)
-        losses = accumulate(parts.model, batch, run.train.batch_size, parts.autocast)
+        losses = accumulate(parts.model, batch, parts.placement.micro_batch, parts.autocast)
         result = StepResult(losses, clip_gradients(parts.model.parameters(), run.train.clip_norm))
         refuse_nonfinite(self.step + 1, result, parts.model)
         ratio = lr_ratio(run.schedule, self.step, run.train.steps)
@@ -119,7 +119,7 @@ class Session:
     def _step_done(self, result: StepResult, lr: float, step_time_s: float) -> StepDone:
         train, parts = self.run.train, self.parts
         tokens_per_s = train.tokens_per_step / step_time_s
-        model_flops_per_s = FLOPS_FACTOR * parts.forward_flops_per_token * tokens_per_s
+        self.step_times.append(step_time_s)
         reports = self.step % train.log_every == 0 or self.step == train.steps
         loss = result.losses["cross_entropy"]
         return StepDone(
@@ -131,7 +131,7 @@ class Session:
             grad_norm=result.grad_norm,
             step_time_s=step_time_s,
             tokens_per_s=tokens_per_s,
-            mfu=model_flops_per_s / parts.peak_flops_per_s if parts.peak_flops_per_s else None,
+            mfu=parts.mfu(tokens_per_s),
             routing=self.counter.report() if reports else (),
         )
 
@@ -140,7 +140,7 @@ class Session:
         self.last_eval = evaluate(
             parts.model,
             self.windows,
-            batch_size=self.run.train.batch_size,
+            batch_size=parts.placement.micro_batch,
             autocast=parts.autocast,
             step=self.step,
             bytes_per_token=parts.corpus.heldout_bytes_per_token,
@@ -150,6 +150,7 @@ class Session:
     def _save(self) -> None:
         state = {
             "compute": self.parts.compute,
+            **self.parts.placement.decided(),
             "corpus_sha256": self.parts.corpus.sha256,
             "routing": self.counter.state(),
             "settings": self.run.to_dict(),
@@ -194,12 +195,14 @@ class Session:
             first_step=self.step,
             tokens_per_step=self.run.train.tokens_per_step,
             baselines=self.parts.baselines,
+            predicted=self.parts.predicted(self.run.train.tokens_per_step),
         )
 
     def _finish(self, reason: str) -> RunFinished:
         train = self.run.train
         sampled = reason == "done" and train.sample_tokens > 0
         prompt = train.sample_prompt or "\n"
+        step_time_s = statistics.median(self.step_times) if self.step_times else None
         event = RunFinished(
             step=self.step,
             num_steps=train.steps,
@@ -210,6 +213,10 @@ class Session:
             sample=self.parts.sample(prompt) if sampled else "",
             files=self._files(),
             sample_prompt=prompt if sampled else "",
+            step_time_s=step_time_s,
+            mfu=self.parts.mfu(train.tokens_per_step / step_time_s) if step_time_s else None,
+            peak_memory_gib=self.parts.peak.gib(),
+            predicted=self.parts.predicted(train.tokens_per_step),
         )
         self._tell("finished", event)
         return event

@@ -85,8 +85,8 @@ def _muon(parameters: Named, spec: MuonSpec) -> list[optim.Optimizer]:
     mine = [item for item in parameters if role_of(*item) in orthogonal]
     others = [item for item in parameters if role_of(*item) not in orthogonal]
     groups = [
-        _group([item for item in mine if not _is_pair(item[0])]),
-        _group([item for item in mine if _is_pair(item[0])], num_parts=2),
+        _group([item for item in mine if not is_pair(item[0])]),
+        _group([item for item in mine if is_pair(item[0])], num_parts=2),
     ]
     groups = [group for group in groups if group["params"]]
     muon: list[optim.Optimizer] = (
@@ -95,7 +95,7 @@ def _muon(parameters: Named, spec: MuonSpec) -> list[optim.Optimizer]:
     return muon + _adamw(others, spec.adamw)
 
 
-def _is_pair(name: str) -> bool:
+def is_pair(name: str) -> bool:
     """Whether the parameter holds two matrices in one, gate above up."""
     return name.endswith("gate_up")
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from zoo.train.events import Evaluated, LayerHealth, RunFinished, RunStarted, StepDone
 from zoo.train.routing import summary
-from zoo.train.wording import closing, duration, facts, judgement, numbers, printable, rivals, shown_path
+from zoo.train.wording import as_predicted, closing, duration, facts, judgement, numbers, printable, rivals, shown_path
 
 LABEL = "dim"
 GOOD, WARNING, BAD, ACCENT = "green", "yellow", "red", "cyan"
@@ -156,6 +156,8 @@ def final(started: RunStarted, event: RunFinished, width: int) -> RenderableType
         parts += [Text("files", LABEL), Padding(files, (0, 0, 0, 2)), ""]
     colour = GOOD if event.reason == "done" else WARNING
     title = Text(closing(started, event), style=f"bold {colour}")
+    if beside := as_predicted(event):
+        title = Text("\n").join([title, Text(beside, style="not bold")])
     body = Group(title, "", *parts[:-1]) if parts else title
     return Panel(body, title="[bold]zoo[/]", title_align="left", box=box.ROUNDED, border_style=colour, width=width)
 

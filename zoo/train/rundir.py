@@ -23,7 +23,7 @@ FIXED = (
     "precision",
     "tokenizer",
     "train.batch_size",
-    "train.grad_accumulation",
+    "train.micro_batch",
     "train.seq_len",
     "train.seed",
 )
@@ -33,6 +33,7 @@ FREE = (
     "logger",
     "model.name",
     "model.card",
+    "train.check_memory",
     "train.eval_every",
     "train.eval_tokens",
     "train.log_every",

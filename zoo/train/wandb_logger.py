@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.spec.base import ConfigError
 from zoo.spec.train import WandbSpec
-from zoo.train.events import Evaluated, RunFinished, RunStarted, StepDone
+from zoo.train.events import Evaluated, Predicted, RunFinished, RunStarted, StepDone
 from zoo.train.routing import summary
 
 
@@ -65,6 +65,7 @@ class WandbReporter:
                 "hardware": event.hardware,
                 "corpus": event.corpus,
                 **{f"baseline/{name}/bits_per_byte": bits for name, bits in event.baselines.items()},
+                **_measures("predicted", event.predicted),
             }
         )
 
@@ -76,6 +77,7 @@ class WandbReporter:
             "lr": event.learning_rate,
             "grad_norm": event.grad_norm,
             "tokens_per_s": event.tokens_per_s,
+            "step_time_s": event.step_time_s,
         }
         if event.mfu is not None:
             metrics["mfu"] = event.mfu
@@ -95,12 +97,19 @@ class WandbReporter:
         self._run.log({"step": event.step, "held_out/loss": event.loss, "held_out/bits_per_byte": event.bits_per_byte})
 
     def finished(self, event: RunFinished) -> None:
-        self._run.summary.update({"reason": event.reason, "sample": event.sample_prompt + event.sample})
+        told = {"reason": event.reason, "sample": event.sample_prompt + event.sample}
+        self._run.summary.update({**told, **_measures("measured", event)})
         self._finished = True
 
     def close(self) -> None:
         """Write everything out; a run that did not finish is marked as failed."""
         self._run.finish(exit_code=0 if self._finished else 1)
+
+
+def _measures(prefix: str, event: Predicted | RunFinished | None) -> dict[str, float]:
+    """What is predicted and measured alike, as far as it is known."""
+    values = {name: getattr(event, name, None) for name in ("step_time_s", "peak_memory_gib", "mfu")}
+    return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
 
 def _online_id(run_dir: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.train.events import RunFinished, RunStarted, StepDone
+from zoo.train.events import Predicted, RunFinished, RunStarted, StepDone
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def facts(event: RunStarted) -> list[tuple[str, str]]:
         ("plan", plan),
         ("run", shown_path(event.run_dir)),
     ]
+    if expected := predicted(event.predicted):
+        rows.insert(-1, ("predicted", expected))
     return rows + [("" if index else "choices", choice) for index, choice in enumerate(event.choices)]
 
 
@@ -78,6 +80,36 @@ def numbers(event: StepDone) -> list[tuple[str, str]]:
         ("grad norm", f"{event.grad_norm:6.3f}"),
     ]
     return [(label, text) for label, text in pairs if text]
+
+
+def short_time(seconds: float) -> str:
+    """Seconds in three digits: 85.3 ms, 1.24 s."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def predicted(event: Predicted | None) -> str:
+    """What the plan expects, in one line; empty where it expects nothing."""
+    pairs = _measures(event) if event is not None else []
+    return ", ".join(f"{name} {text}" for name, text in pairs if text)
+
+
+def as_predicted(event: RunFinished) -> str:
+    """What a step took beside what was predicted: step 812 ms (plan: 790 ms), peak 1.90 GiB (plan: 1.80 GiB)."""
+    plan = dict(_measures(event.predicted)) if event.predicted is not None else {}
+    pieces = []
+    for name, text in _measures(event):
+        if text:
+            pieces.append(f"{name} {text}" + (f" (plan: {plan[name]})" if plan.get(name) else ""))
+    return ", ".join(pieces)
+
+
+def _measures(event: Predicted | RunFinished) -> list[tuple[str, str]]:
+    time, peak, mfu = event.step_time_s, event.peak_memory_gib, event.mfu
+    return [
+        ("step", "" if time is None else short_time(time)),
+        ("peak", "" if peak is None else f"{peak:.3g} GiB"),
+        ("MFU", "" if mfu is None else f"{mfu:.1%}"),
+    ]
 
 
 def rivals(bits_per_byte: float | None, baselines: dict[str, float]) -> list[Rival]:
