@@ -26,7 +26,7 @@ from benchmarks.planner_priors import (
     PACE_SPREAD,
     SPREAD,
     SPREADS,
-    TAIL,
+    TAILS,
 )
 from benchmarks.planner_rows import Run, family, model_of, runs
 from benchmarks.planner_table import ENGINES, REACH, RELEASES, Table, chip_name, newest_on, table_of
@@ -35,6 +35,9 @@ from zoo.plan.error import kind_of_model
 from zoo.plan.step import step_of
 
 TARGET = Path(__file__).parents[1] / "zoo" / "plan" / "engine.json"
+
+
+MOST_ROUNDS = 25
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,18 @@ def doubled(table: Table, values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def solve(
-    table: Table, jac: np.ndarray, residual: np.ndarray, theta: np.ndarray, spreads: np.ndarray, kept: np.ndarray
+    table: Table,
+    jac: np.ndarray,
+    residual: np.ndarray,
+    theta: np.ndarray,
+    spreads: np.ndarray,
+    kept: np.ndarray,
+    tail: float = TAILS[-1],
 ) -> np.ndarray:
     """A step of Gauss and Newton towards the most likely vector; residuals beyond 2 noises count by their size only."""
     jac, residual = doubled(table, jac, kept), doubled(table, residual, kept)
     scaled = np.abs(residual) / NOISE
-    robust = weights_of(table, kept) * (TAIL + 1) / (TAIL + scaled**2)
+    robust = weights_of(table, kept) * (tail + 1) / (tail + scaled**2)
     left = jac.T @ (jac * (robust / NOISE**2)[:, None]) + np.diag(1 / spreads**2)
     right = jac.T @ (residual * robust / NOISE**2) - theta / spreads**2
     return np.linalg.solve(left, right)
@@ -143,35 +152,41 @@ def weights_of(table: Table, kept: np.ndarray) -> np.ndarray:
     return np.concatenate([table.weights[kept], ORDER_WEIGHT * table.weights[kept]])
 
 
-def loss(table: Table, residual: np.ndarray, theta: np.ndarray, spreads: np.ndarray) -> float:
+def loss(table: Table, residual: np.ndarray, theta: np.ndarray, spreads: np.ndarray, tail: float) -> float:
     kept = np.ones(len(residual), dtype=bool)
     scaled = np.abs(doubled(table, residual, kept)) / NOISE
-    robust = (TAIL + 1) / 2 * np.log1p(scaled**2 / TAIL)
+    robust = (tail + 1) / 2 * np.log1p(scaled**2 / tail)
     return float(np.sum(weights_of(table, kept) * robust) + np.sum((theta / spreads) ** 2) / 2)
 
 
-def fit(model: Model, rounds: int = 12, say: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def fit(model: Model, say: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The most likely vector, and the derivatives of the predictions there."""
-    table, spreads = model.table, model.vector.spreads
-    truth, theta = np.log(table.tokens_per_s), np.zeros(len(model.vector.names))
-    at = model(theta)
-    best = loss(table, truth - at, theta, spreads)
-    jac = jacobian(model, theta, at)
-    for number in range(rounds):
-        step = solve(table, jac, truth - at, theta, spreads, np.ones(len(truth), dtype=bool))
-        for scale in (1.0, 0.5, 0.2, 0.05):
+    theta = np.zeros(len(model.vector.names))
+    for tail in TAILS:
+        theta, jac = descend(model, theta, tail, say)
+    return theta, jac
+
+
+def descend(model: Model, theta: np.ndarray, tail: float, say: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The valley of the loss below `theta`, and the derivatives of the predictions there."""
+    table, spreads, everything = model.table, model.vector.spreads, np.ones(len(model.table.runs), dtype=bool)
+    truth, at = np.log(table.tokens_per_s), model(theta)
+    best, jac = loss(table, truth - at, theta, spreads, tail), jacobian(model, theta, at)
+    for number in range(MOST_ROUNDS):
+        step = solve(table, jac, truth - at, theta, spreads, everything, tail)
+        for scale in (1.0, 0.5, 0.2, 0.05, 0.01):
             tried = theta + np.clip(scale * step, -0.5, 0.5)
             moved = model(tried)
-            value = loss(table, truth - moved, tried, spreads)
+            value = loss(table, truth - moved, tried, spreads, tail)
             if value < best:
                 break
         else:
             break
-        done = best - value < 1e-3 * best and number > 3
+        done = best - value < 1e-4 * best
         theta, at, best = tried, moved, value
         jac = jacobian(model, theta, at)
         if say:
-            print(f"round {number + 1}: loss {best:.1f}, {summary(truth - at)}", flush=True)
+            print(f"tail {tail:g}, round {number + 1}: loss {best:.1f}, {summary(truth - at)}", flush=True)
         if done:
             break
     return theta, jac

@@ -54,7 +54,8 @@ ORDER_WEIGHT = 2.0
 """Of differences within a series over the errors themselves."""
 NOISE = 0.06
 """Of a published number: what two runs of one recipe differ by."""
-TAIL = 6.0
-"""Degrees of freedom of Student's distribution around a prediction: a row that is far off pulls little."""
+TAILS = (50.0, 12.0, 6.0)
+"""Degrees of freedom of Student's distribution around a prediction: a row that is far off pulls little. From nearly
+Gaussian to robust, step by step: the objective of the first has one valley, and the last starts in it."""
 AT_MOST_ONE = ("tp_exposed", "ep_exposed", "cp_exposed", "pp_exposed", "near", "near_exchange", "far", "dp_window")
 AT_MOST_ONE += ("dense", "attention")

@@ -192,7 +192,7 @@ def test_what_is_remembered_of_a_token() -> None:
         initialize(block, 0.02, 0.02)
         state = block.new_state(1, 4, x.device, x.dtype)
         block(x, None, state)
-        assert sum(buffer.numel() for buffer in state._buffers) == 4 * expected
+        assert sum(buffer.numel() for buffer in state.buffers) == 4 * expected
 
 
 @settings(max_examples=40, deadline=None)

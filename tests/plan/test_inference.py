@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import zoo
+from zoo.blocks.cache import GrowingCache
 from zoo.plan.inference import cache_bytes, inference, read_bytes, smallest_machines, weight_bytes
 from zoo.spec.model import ModelSpec
 
@@ -25,8 +26,11 @@ TWINS = [
 
 
 def tensors(state: Any) -> Iterator[torch.Tensor]:
-    """All tensors that a state holds."""
-    if isinstance(state, torch.Tensor):
+    """What a state holds of tokens that may still be read; a window's buffers have room to spare beside."""
+    if isinstance(state, GrowingCache):
+        used = state.length if state._kept is None else min(state.length, state._kept)
+        yield from (buffer[:, :used] for buffer in state.buffers)
+    elif isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, (list, tuple)):
         for item in state:

@@ -10,6 +10,7 @@ from zoo.handover.fields import Call, Code, Field, source
 from zoo.handover.hand import Hand, Target
 from zoo.handover.megatron_model import model_fields, provider_of
 from zoo.handover.megatron_parallel import objection, parallel_fields, recompute_fields, recomputes, unsharded
+from zoo.handover.names import names_of
 from zoo.handover.refusals import Refusals
 from zoo.handover.training import Training
 
@@ -27,11 +28,6 @@ PRECISIONS = {
 """By the names of its registered MixedPrecisionConfigs; None: all in fp32."""
 DECAYS = {"cosine": "cosine", "wsd": "WSD", "constant": "constant"}
 TARGET = Target(NAME, recomputes, tuple(PRECISIONS), objection, defaults={"engine": "megatron"})
-MODULES = {
-    "GPTModelProvider": "megatron.bridge.models.gpt_provider",
-    "MLAModelProvider": "megatron.bridge.models.mla_provider",
-    "HybridModelProvider": "megatron.bridge.models.hybrid.hybrid_provider",
-}
 IMPORTS = """\
 from megatron.bridge.training.config import (
     CheckpointConfig,
@@ -50,7 +46,7 @@ from megatron.bridge.training.config import (
 RUN = """
 
 if __name__ == "__main__":
-    from megatron.bridge.training.gpt_step import forward_step
+    from {step} import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     pretrain(config=recipe(), forward_step_func=forward_step)
@@ -66,7 +62,7 @@ def recipe(hand: Hand, training: Training) -> str:
     refusals = Refusals(NAME)
     container = _container(hand, training, refusals)
     refusals.raise_all()
-    provider = provider_of(Anatomy(hand.question.spec))
+    provider, modules = provider_of(Anatomy(hand.question.spec)), names_of("megatron_bridge")
     notes = [
         "Weight decay spares biases and norms, as zoo's does, but not the embedding tables, which zoo's does as well.",
         *refusals.notes,
@@ -80,10 +76,10 @@ def recipe(hand: Hand, training: Training) -> str:
         "written by zoo export; a comment says who decided a field",
     ]
     head += [f"start: torchrun --nproc-per-node=N recipe.py, over {hand.best.num_devices} devices in all", '"""', ""]
-    imports = f"from {MODULES[provider]} import {provider}\n{IMPORTS}"
+    imports = f"from {modules[provider]} import {provider}\n{IMPORTS}"
     body = f"def recipe() -> ConfigContainer:\n    return {source(container, 4)}\n"
     torch = "import torch\n" if hand.best.precision == "fp32" else ""
-    return "\n".join(head) + torch + imports + "\n\n" + body + RUN
+    return "\n".join(head) + torch + imports + "\n\n" + body + RUN.format(step=modules["step"])
 
 
 def _container(hand: Hand, training: Training, refusals: Refusals) -> Call:

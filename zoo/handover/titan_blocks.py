@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from importlib import resources
-from typing import Any
-
 from zoo.handover.fields import Call, Code, Field
 from zoo.handover.megatron_rope import temperature
+from zoo.handover.names import names_of
 from zoo.handover.refusals import Refusals
 from zoo.spec.attention import AttentionSpec
 from zoo.spec.mla import MLASpec
@@ -34,14 +30,6 @@ ROUTER = (
     *("type", "score", "score_chosen", "normalize", "normalize_eps", "route_scale", "correction_bias", "count_bias"),
     *("num_groups", "top_groups", "group_score"),
 )
-
-
-@cache
-def classes() -> dict[str, Any]:
-    """What torchtitan calls its models: they are named after families, and a family is data."""
-    text = resources.files("zoo.handover").joinpath("torchtitan.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
-    return data
 
 
 def norm(width: int, eps: float) -> Call:
@@ -144,7 +132,7 @@ def rope(spec: RopeSpec | None, head_dim: int, path: str, refusals: Refusals) ->
     if not isinstance(scaling, (BandsScaling, YarnScaling)):
         refusals.no(f"{path}.scaling.type", scaling.type, "knows bands and yarn")
         return None
-    made.append(Field("scaling", classes()["scaling"][scaling.type], f"{path}.scaling.type"))
+    made.append(Field("scaling", names_of("torchtitan")["scaling"][scaling.type], f"{path}.scaling.type"))
     if isinstance(scaling, BandsScaling):
         names = {"scaling_factor": "factor", "low_freq_factor": "low_freq_factor"}
         names |= {"high_freq_factor": "high_freq_factor", "original_max_position_embeddings": "original_context"}

@@ -10,8 +10,9 @@ import math
 from zoo.handover.anatomy import Anatomy
 from zoo.handover.fields import Call, Code, Field, runs, source
 from zoo.handover.hand import Hand
+from zoo.handover.names import names_of
 from zoo.handover.refusals import Refusals
-from zoo.handover.titan_blocks import attention, classes, dense, latent, moe, norm
+from zoo.handover.titan_blocks import attention, dense, latent, moe, norm
 from zoo.handover.titan_run import NAME, TARGET, trainer
 from zoo.handover.training import Training
 from zoo.spec.attention import AttentionSpec
@@ -68,7 +69,7 @@ def recipe(hand: Hand, training: Training) -> str:
     _refuse(anatomy, hand, refusals)
     kinds = {kind: _layer(anatomy, kind, refusals) for kind in dict.fromkeys(spec.layer_kinds)}
     refusals.raise_all()
-    names = classes()[_family(anatomy)]
+    names = names_of("torchtitan")[_family(anatomy)]
     model = _model(spec, names["model"])
     made = trainer(hand, training)
     notes = [*refusals.notes, "Data and tokenizer are stand-ins: put your own in their place."]
@@ -142,7 +143,7 @@ def _layer(anatomy: Anatomy, kind: str, refusals: Refusals) -> Call:
         made.append(Field("moe", moe(ffn, below, spec, refusals)))
     elif below is not None:
         refusals.no(f"model.{ffn}.type", below.type, "has dense blocks and experts")
-    return Call(f"{classes()[_family(anatomy)]['block']}.Config", tuple(made))
+    return Call(f"{names_of('torchtitan')[_family(anatomy)]['block']}.Config", tuple(made))
 
 
 def _constants(anatomy: Anatomy, seq_len: int) -> str:

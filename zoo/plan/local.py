@@ -16,7 +16,6 @@ import numpy as np
 
 from zoo.plan.layout import Array
 
-
 IN_TRAINING = 1.12
 """Everything in a step over the same measured alone: caches hold what other operations left there. One over the median
 ratio of predicted to measured steps of the ten models named in benchmarks/local_time.py, none of which it reports."""

@@ -30,8 +30,8 @@ KEPT_BY_ENGINE: dict[str, dict[str, float]] = {
     "fsdp": {"logit": 6.0},
     # A fused cross-entropy that writes its gradient over the logits (loss_fn: fused_crossentropy of llm-foundry).
     "fsdp@2023": {"logit": 4.0},
-    # Logits in bf16 and in fp32, log-softmax and gradient in fp32 (cross_entropy of pytorch/torchtitan). Peaks of
-    # benchmarks/llama3_h100_202412_torchtitan.md agree.
+    # Logits in bf16 and in fp32, log-softmax and gradient in fp32 (cross_entropy of pytorch/torchtitan); the peaks that
+    # its benchmarks of December 2024 state agree.
     "fsdp@2024": {"logit": 14.0},
     # Logits in bf16 that their gradient overwrites, and the gradient that comes back (Transformer Engine's loss, in
     # the recipes of NVIDIA-NeMo/Megatron-Bridge).
