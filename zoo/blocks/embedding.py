@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.blocks.base import Context
-from zoo.blocks.linear_loss import linear_cross_entropy
+from zoo.blocks.linear_loss import linear_cross_entropy, shaped
 from zoo.spec.model import EmbeddingSpec, HeadSpec
 
 
@@ -52,11 +52,7 @@ class Head(nn.Module):
 
     def scaled(self, logits: Tensor) -> Tensor:
         """Logits [..., vocab] after the factor and the soft cap, if there are any."""
-        if self.spec.scale != 1:
-            logits = logits * self.spec.scale
-        if self.spec.softcap is not None:
-            logits = torch.tanh(logits / self.spec.softcap) * self.spec.softcap
-        return logits
+        return shaped(logits, self.spec.scale, self.spec.softcap)
 
     def cross_entropy(self, x: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         """The summed cross-entropy of the logits of x [b, s, d] and targets [b, s] int64: a scalar, fp32 at least."""

@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (x[rows] @ w.t()).to(wide)
             if b is not None:
                 logits += b
-            capped = _shape(logits, scale, softcap)
+            capped = shaped(logits, scale, softcap)
             total += F.cross_entropy(capped, targets[rows], ignore_index=IGNORED, reduction="sum")
             if not any(needs):
                 continue
@@ -100,7 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return x_grad, weight_grad, None, bias_grad, None, None, None, None
 
 
-def _shape(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Logits after their factor and their soft cap, if there are any."""
     if scale != 1:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from zoo.blocks.autocast import autocast_dtype, without_autocast
 from zoo.blocks.base import Context
 from zoo.blocks.embedding import Embedding, Head
-from zoo.blocks.linear_loss import CHUNK_NUMBERS, IGNORED
+from zoo.blocks.linear_loss import CHUNK_NUMBERS, IGNORED, shaped
 from zoo.decoder import Decoder
 from zoo.parallel.cuts import Cut, cut_parameters
 from zoo.parallel.mesh import waited
@@ -139,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits = (x[rows] @ w.t()).to(wide)
             if bias is not None:
                 logits += bias.to(wide)
-            capped = _shape(logits, scale, softcap)
+            capped = shaped(logits, scale, softcap)
             loss, grad = _loss_and_grad(capped, targets[rows], vocabulary)
             total += loss
             if not needs:
@@ -182,9 +182,3 @@ def _loss_and_grad(logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> t
     grad = shares.div_(summed[:, None])
     grad.scatter_add_(1, places[:, None], -own[:, None].to(grad.dtype))
     return loss, grad.mul_(counts[:, None])
-
-
-def _shape(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
