@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from zoo.blocks.roles import Role, role_of
+from zoo.config import load
+from zoo.decoder import build
+from zoo.spec.base import ConfigError
 from zoo.spec.train import AdamWSpec, MuonSpec
 from zoo.train.muon import COEFFICIENTS, Muon, matched_scale, orthogonalize
-from zoo.train.optim import Role, build_optimizers, role_of, set_lr
+from zoo.train.optim import build_optimizers, set_lr
 
 
 class Names(nn.Module):
@@ -166,3 +170,44 @@ def test_orthogonalize_treats_leading_dimensions_as_a_batch(seed: int, batch: in
 
 def test_an_expert_without_gradient_gets_no_update() -> None:
     assert orthogonalize(torch.zeros(2, 3, 4), 5).abs().max() == 0
+
+
+def test_wider_models_learn_at_rates_that_follow_from_the_width() -> None:
+    narrow, wide = (
+        {
+            name: (group["lr"], group["weight_decay"])
+            for optimizer in build_optimizers(Names(), MuonSpec(lr=0.2, adamw=AdamWSpec(lr=0.1)), ratio)
+            for group in optimizer.param_groups
+            for name in group["param_names"]
+        }
+        for ratio in (1.0, 4.0)
+    )
+    factors = {"matrix": 0.5, "experts": 0.5, "router": 0.25, "head": 0.25, "embedding": 1.0, "vector": 1.0}
+    for name, role in EXPECTED_ROLES.items():
+        assert wide[name][0] == pytest.approx(narrow[name][0] * factors[role])
+        # What weights shrink by stays.
+        assert wide[name][0] * wide[name][1] == pytest.approx(narrow[name][0] * narrow[name][1])
+
+
+def test_rules_change_the_parameters_that_they_name() -> None:
+    rules = [{"match": "*.experts.*", "lr_scale": 0.5}, {"match": "*.down", "weight_decay": 0.0}]
+    groups = groups_of(Names(), AdamWSpec(lr=1e-3, weight_decay=0.3, rules=rules))
+    found = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert found["layers.0.ffn.experts.gate_up"] == (5e-4, 0.3)
+    assert found["layers.0.ffn.experts.down"] == (5e-4, 0.0)
+    assert found["layers.0.mixer.q.weight"] == (1e-3, 0.3)
+    with pytest.raises(ConfigError, match=r"^optimizer\.rules\.0\.match: found 'nothing'"):
+        groups_of(Names(), AdamWSpec(lr=1e-3, rules=[{"match": "nothing"}]))
+
+
+def test_initial_weights_follow_from_the_width() -> None:
+    plain, scaled = ("model.d_model=64", "model.attention.num_heads=2"), ("model.init.width_base=16",)
+    weights = []
+    for overrides in (plain, plain + scaled):
+        torch.manual_seed(0)
+        weights.append(dict(build(load("tiny_moe", *overrides)).named_parameters()))
+    for name, parameter in weights[0].items():
+        factor = {"matrix": 0.5, "experts": 0.5, "router": 0.25, "head": 0.25}.get(role_of(name, parameter), 1.0)
+        torch.testing.assert_close(weights[1][name], parameter * factor)
+    with pytest.raises(ConfigError, match=r"^model\.init\.width_base: found 16.*head\.tied=false"):
+        load("tiny_moe", *scaled, "model.head.tied=true")

@@ -99,6 +99,10 @@ class InitSpec(Spec):
     std: PositiveFloat = 0.02
     depth_scaled: bool = True
     """Matrices that write to the residual stream start at std / sqrt(number of writes)."""
+    width_base: PositiveInt | None = None
+    """The d_model that `std` and the learning rate were found on: at other widths initial weights and learning rates
+    follow from it (muP, arXiv:2203.03466), if d_ffn and the number of heads grow as d_model does. Absent: both are
+    taken as they are."""
 
 
 class ModelSpec(Spec):
@@ -146,6 +150,9 @@ class ModelSpec(Spec):
         for slot in self.slots:
             if slot not in used:
                 raise problem(slot, slot, "no kind uses this block", "name it in a kind, or remove it")
+        if self.init.width_base is not None and self.head.tied:
+            rule = "an output matrix that is the embedding table cannot start and learn by rules of its own"
+            raise problem(("init", "width_base"), self.init.width_base, rule, "set head.tied=false")
         self.__dict__["slots"] = {name: _resolve(name, block, self.d_model) for name, block in self.slots.items()}
         return self
 
@@ -171,6 +178,11 @@ class ModelSpec(Spec):
     @property
     def num_layers(self) -> int:
         return len(self.layer_kinds)
+
+    @property
+    def width_ratio(self) -> float:
+        """Over the width that initial weights and learning rates were found on."""
+        return self.d_model / (self.init.width_base or self.d_model)
 
     def placement_of(self, kind: KindSpec) -> Placement:
         """Where the norms of the mixer of a layer of this kind stand."""

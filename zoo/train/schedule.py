@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from zoo.spec.train import ConstantSpec, CosineSpec, ScheduleSpec, WSDSpec, duration_in_steps
+from zoo.spec.base import ConfigError
+from zoo.spec.train import ConstantSpec, CosineSpec, ScheduleSpec, TrainSpec, WSDSpec, duration_in_steps
 
 
 def lr_ratio(spec: ScheduleSpec, step: int, num_steps: int) -> float:
@@ -15,6 +16,21 @@ def lr_ratio(spec: ScheduleSpec, step: int, num_steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return _AFTER_WARMUP[type(spec)](spec, step, warmup, num_steps)
+
+
+def batch_sizes(train: TrainSpec, unit: int = 1) -> list[int]:
+    """Sequences of each step while the batch grows, multiples of `unit`; after these it is `train.batch_size`.
+
+    Raises:
+        ConfigError: the unit is the whole batch, which leaves nothing to grow.
+    """
+    steps = duration_in_steps(train.batch_warmup, train.steps)
+    if steps and unit >= train.batch_size > 1:
+        rule = f"all processes take {unit} sequences together, the whole batch; give a smaller train.micro_batch"
+        raise ConfigError(f"train.batch_warmup: found {train.batch_warmup}; {rule}")
+    start = train.batch_start or max(1, train.batch_size // 8)
+    grown = [start + (train.batch_size - start) * step / steps for step in range(steps)]
+    return [min(train.batch_size, max(1, round(size / unit)) * unit) for size in grown]
 
 
 def _cosine(spec: CosineSpec, step: int, warmup: int, num_steps: int) -> float:

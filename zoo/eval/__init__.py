@@ -1,0 +1,1 @@
+"""How good a trained model is: the likelihood of texts, and the tasks of lm-eval."""

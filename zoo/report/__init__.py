@@ -1,0 +1,1 @@
+"""Many runs side by side: a table, pictures, and the scaling law through them. No torch here."""
