@@ -99,15 +99,7 @@ class Model:
             reach=table.facts.reach * np.exp(reach["wide"] + np.where(narrow, reach["narrow"], 0.0)),
             reach_wide=table.facts.reach_wide * np.exp(reach["wide"]),
         )
-        step = step_of(
-            table.work,
-            table.points,
-            facts,
-            Constants(**values),
-            fused=table.fused,
-            grad_bytes=table.grad_bytes,
-            graphs=table.graphs,
-        )
+        step = step_of(table.work, table.points, facts, Constants(**values), table.habits)
         return np.log(table.work.tokens / step.total)
 
 

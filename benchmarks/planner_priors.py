@@ -16,6 +16,7 @@ SPREADS = {
     "casts": 0.25,
     "casts_routed": 0.25,
     "launch_s": 0.5,
+    "wake_s": 0.7,
     "pace_full": 0.1,
     "near": 0.1,
     "near_exchange": 0.05,

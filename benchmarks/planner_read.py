@@ -80,10 +80,25 @@ RECOMPUTE = (
 )
 
 
+DEEPSPEED_ROUNDS = (("2022-02-25", "deepspeed_0220"), ("2022-02-28", "deepspeed_0225"))
+"""Runs of Megatron-DeepSpeed before a day, and their epoch. From February 25th on the same layouts took 4 to 7% less
+time (T1097, T1114 and T1127; T1093 and T1130; T1092 and T1132; T1119 and T1161; T1121 and T1155). From the 28th on they
+took 4 bytes more for each parameter of a device (T1149 and T1187; T1172 and T1174): gradients in fp32."""
+
+
+def release_of(row: dict[str, str]) -> tuple[str, str] | None:
+    """The engine and the epoch of a row; None if its software is none of SOFTWARE."""
+    software = row["software+version"]
+    found = next(((engine, epoch) for pattern, engine, epoch in SOFTWARE if re.search(pattern, software)), None)
+    if found == ("megatron", "deepspeed"):
+        epoch = next((epoch for day, epoch in DEEPSPEED_ROUNDS if row["date"] < day), "deepspeed")
+        return "megatron", epoch
+    return found
+
+
 def read(row: dict[str, str]) -> Run | None:
     """A row of the table as a run; None when it is no pretraining or leaves out too much."""
-    software = row["software+version"]
-    found = next(((e, v) for pattern, e, v in SOFTWARE if re.search(pattern, software)), None)
+    software, found = row["software+version"], release_of(row)
     name = shaped(row)
     spec = model_of(name)
     if row["quality"] not in ("published", "derived") or row["kind"] != "pretrain" or "MLPerf" in row["notes"]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planner_rows import Run, machine, model_of
-from zoo.plan.engine import Facts, facts_of
+from zoo.plan.engine import Facts, Habits, facts_of
 from zoo.plan.layout import Array, Points
 from zoo.plan.traffic import Traffic
 from zoo.plan.work import Work, work_of
@@ -47,19 +47,25 @@ REACH: dict[str, dict[str, float]] = {
 }
 
 LEAN = {"gradient": 2.0, "grad_bytes": 2.0}
-"""Gradients are kept and sent in bf16."""
+"""Gradients are kept and sent in bf16 (grad_reduce_in_fp32=False in NeMo's bf16_mixed and its successors)."""
+
+EARLY = {"fused_attention": False, "sequence_parallel": False, "blocking": True, "grad_bytes": 8.0}
+"""Of engines older than arXiv:2205.14135 and arXiv:2205.05198 that wait for their kernels and all-reduce gradients in
+fp32 (or as slowly: T1136 and T1137 have 24 replicas, T1165 to T1168 four sizes of a batch)."""
 
 ENGINES: dict[str, dict[str, Any]] = {
     "megatron": {
         "settings": {"trains_mtp": True},
         "last": "26.06",
         "epochs": {
-            "deepspeed": {"fused_attention": False, "grad_bytes": 8.0},  # all-reduced in fp32
+            **{epoch: {**EARLY, "gradient": 2.0} for epoch in ("deepspeed_0220", "deepspeed_0225")},
+            "deepspeed": EARLY,
+            **dict.fromkeys(("24.09", "25.04"), LEAN),
             **{epoch: {"graphs": 1, **LEAN} for epoch in ("dev", "25.09", "25.11", "26.02", "26.04")},
             "26.06": {"graphs": 2, **LEAN},
         },
     },
-    "fsdp": {"settings": {}, "last": "automodel", "epochs": {}},
+    "fsdp": {"settings": {}, "last": "automodel", "epochs": {"internevo": {"sequence_parallel": False}}},
     "maxtext": {"settings": {"grad_bytes": 2.0}, "last": "tpu", "epochs": {}},
 }
 
@@ -81,9 +87,7 @@ class Table:
     facts: Facts
     chips: np.ndarray
     tokens_per_s: np.ndarray
-    fused: np.ndarray
-    grad_bytes: np.ndarray
-    graphs: np.ndarray
+    habits: Habits
     weights: np.ndarray
     """Runs that resemble each other count less each."""
     series: np.ndarray
@@ -128,9 +132,7 @@ def table_of(found: list[Run]) -> Table:
         joined,
         np.array([chips[run.hardware] for run in ordered]),
         np.array([run.tokens_per_s for run in ordered]),
-        np.array([setting(run, "fused_attention", True) for run in ordered]),
-        np.array([setting(run, "grad_bytes", 4.0) for run in ordered]),
-        np.array([run.graphs for run in ordered]),
+        habits_of(ordered),
         np.array([alike[run.model, run.hardware, run.source] ** -0.35 for run in ordered]),
         np.unique([str((*run.series, run.recompute, run.graphs)) for run in ordered], return_inverse=True)[1],
     )
@@ -151,6 +153,18 @@ def newest_on(table: Table) -> dict[str, dict[str, str]]:
 def setting(run: Run, name: str, usual: Any) -> Any:
     described = ENGINES[run.engine]
     return {**described["settings"], **described["epochs"].get(run.epoch, {})}.get(name, usual)
+
+
+def habits_of(found: list[Run]) -> Habits:
+    """What the engines of runs do. The baselines that arXiv:2205.05198 compares with recompute whole layers and do not
+    share the residual stream."""
+    columns: dict[str, Any] = {
+        name: np.array([setting(run, name, getattr(Habits(), name)) for run in found])
+        for name in ("fused_attention", "sequence_parallel", "blocking", "grad_bytes")
+    }
+    baseline = np.array([run.epoch == "2022" and run.recompute == "full" for run in found])
+    columns["sequence_parallel"] &= ~baseline
+    return Habits(graphs=np.array([run.graphs for run in found]), **columns)
 
 
 def fact_row(hardware: HardwareSpec, chip: str, run: Run) -> Facts:

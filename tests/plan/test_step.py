@@ -8,12 +8,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from zoo.plan.engine import Constants, Facts, engine_of, facts_of, reach_of
+from zoo.plan.engine import Constants, Facts, Habits, engine_of, facts_of, reach_of
 from zoo.plan.estimate import load_hardware
 from zoo.plan.layout import Layout, Points
 from zoo.plan.price import Run, price
 from zoo.plan.step import step_of
-from zoo.plan.work import imbalance, work_of
+from zoo.plan.work import imbalance, layers_of_stages, work_of
 from zoo.spec.hardware import HardwareSpec
 from zoo.spec.model import ModelSpec
 
@@ -90,7 +90,8 @@ def test_pipelines_wait_as_their_schedule_says(sparse: ModelSpec, h100: Hardware
     c = replace(engine_of("megatron").constants, bubble=1.0)
     p = points([Layout(pp=4, dp=2), Layout(pp=4, vp=3, dp=2)])
     parts = step_of(work_of(sparse, p), p, facts, c).parts
-    work = sum(parts[name] for name in parts if name not in ("bubble", "dp", "optimizer", "fixed", "jitter"))
+    once = ("head", "bubble", "dp", "optimizer", "fixed", "jitter")
+    work = sum(parts[name] for name in parts if name not in once)  # only the last stage has a head to wait for
     np.testing.assert_allclose(parts["bubble"] / work, [3 / 128, 1 / 128], rtol=1e-9)
 
 
@@ -116,3 +117,41 @@ def test_graphs_spare_the_host(sparse: ModelSpec, h100: HardwareSpec) -> None:
     times = [price(sparse, h100, points(LAYOUTS), Run(graphs=n), engine_of("megatron")).seconds for n in (0, 1, 2)]
     assert (times[0] > times[1]).all()
     assert (times[1] > times[2]).all()
+
+
+def test_the_last_stage_lacks_a_layer_for_the_head() -> None:
+    # 72 and 70 layers on 12 stages: 6 on each, or 5 on the first and on the last
+    for num_layers, pp, expected in ((72, 12, (6, 6)), (70, 12, (6, 5)), (126, 8, (16, 15)), (48, 1, (48, 48))):
+        fullest, last = layers_of_stages(num_layers, np.array([float(pp)]))
+        assert (fullest[0], last[0]) == expected
+
+
+def test_a_head_on_a_full_stage_keeps_the_others_waiting(sparse: ModelSpec, h100: HardwareSpec) -> None:
+    facts, c = facts_of(h100, "bf16", reach_of(h100.chip)), engine_of("megatron").constants
+    p = points([Layout(pp=4, dp=2), Layout(dp=8)])
+    parts = {n: step_of(work_of(sparse.replace(layers=f"{n}*sparse"), p), p, facts, c).parts for n in (46, 48)}
+    assert parts[48]["head"][0] == pytest.approx(4 * parts[48]["head"][1])  # a quarter of the replicas, 4 times as busy
+    assert parts[46]["head"][0] < parts[48]["head"][0]
+
+
+def test_each_device_has_the_whole_stream_without_sequence_parallelism(sparse: ModelSpec, h100: HardwareSpec) -> None:
+    p = points([Layout(dp=64), Layout(tp=4, dp=16)])
+    work = work_of(sparse, p)
+    # each block norms and adds to its input of d_model channels; three quarters of it are others' otherwise
+    np.testing.assert_allclose(work.repeated, [0.0, 2 * 2 * 48 * 2048 * 4096 * 3 / 4], rtol=1e-9)
+    facts, c = facts_of(h100, "bf16", reach_of(h100.chip)), engine_of("megatron").constants
+    shared, whole = (step_of(work, p, facts, c, Habits(sequence_parallel=flag)).parts for flag in (True, False))
+    assert whole["memory"][0] == shared["memory"][0]
+    assert whole["memory"][1] > shared["memory"][1]
+    # an all-reduce forward and one back, where a gather more is needed of what is shared
+    assert whole["tp"][1] == pytest.approx(shared["tp"][1] * 4 / 5)
+
+
+def test_hosts_that_wait_for_kernels_add_their_time(sparse: ModelSpec, h100: HardwareSpec) -> None:
+    facts = facts_of(h100, "bf16", reach_of(h100.chip))
+    c = replace(engine_of("megatron").constants, micro_s=0.0, launch_s=1e-5, wake_s=3e-5, pace=1.0, pace_moe=1.0)
+    p = points([Layout(dp=64)])
+    work = work_of(sparse, p)
+    host = step_of(work, p, facts, c, Habits(blocking=True)).parts["host"]
+    assert host == pytest.approx(4 * 3 * work.kernels * 4e-5)  # four micro-batches, backward twice forward
+    assert host > step_of(work, p, facts, c).parts["host"]

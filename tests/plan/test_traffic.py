@@ -8,7 +8,7 @@ import pytest
 
 import zoo
 from zoo.plan.layout import Layout, Points
-from zoo.plan.products import uses_of
+from zoo.plan.products import sizes_of, uses_of
 from zoo.plan.traffic import Traffic, traffic_of
 from zoo.spec.model import ModelSpec
 
@@ -87,6 +87,26 @@ def test_full_sharding_gathers_every_parameter(dense: ModelSpec) -> None:
 def test_the_estimate_adds_up_a_step() -> None:
     layout = zoo.Layout(tp=4, dp=2)
     found = zoo.estimate("llama3_8b", "h100_8x", layout=layout, seq_len=4096, global_batch=8, recompute="none")
-    forward = 32 * 2 * 2 * 4096 * 4096 * 3 / 4 * 2
-    assert found.traffic["tp"] == forward * 2.5 * 4  # backward gathers its inputs again; four micro-batches
+    once = 4096 * 4096 * 3 / 4 * 2
+    ends = 2 * 2  # embedding and head, forward and backward
+    # The backward pass gathers its inputs again; four micro-batches.
+    assert found.traffic["tp"] == once * (32 * 2 * 2 * 2.5 + ends) * 4
     assert found.traffic["ep"] == 0
+
+
+def test_torch_gathers_once_and_sums_whole_gradients_in_every_micro_batch(sparse: ModelSpec) -> None:
+    layout = zoo.Layout(tp=2, dp=4, ep=4, shard=4)
+    found = zoo.estimate(sparse, "h100_8x", layout=layout, seq_len=4096, global_batch=8, recompute="none")
+    once, sizes = 4096 * 4096 / 2 * 2, sizes_of(sparse, False)
+    layers = sparse.num_layers
+    per_micro_batch = once * (layers * 2 * 2 + 2 * 2) * sparse.d_model / 4096 + 2 * 2 * sizes.whole / 2
+    assert found.traffic["tp"] == pytest.approx(per_micro_batch * 2)
+
+
+def test_experts_without_a_partner_are_shared_by_all_that_have_them() -> None:
+    def shared(layout: zoo.Layout) -> float:
+        return float(Points.of([layout], seq_len=4096, global_batch=256).expert_shard[0])
+
+    assert shared(zoo.Layout(dp=64, ep=16, shard=32)) == 2
+    assert shared(zoo.Layout(dp=64, ep=16, shard=8)) == 4  # no two of a shard group have the same experts
+    assert shared(zoo.Layout(dp=64, ep=16)) == 1

@@ -95,6 +95,9 @@ class AttentionCost(Cost):
         spec = self.spec
         q, k, v = self._project(tape, x)
         q, k = self._place(tape, q), self._place(tape, k)
+        eager = spec.softcap is not None or spec.sink
+        if spec.qk_norm == "head" and spec.rope and not (spec.qk_norm_after_rope or spec.query_scale or eager):
+            q, k = tape.spare(q), tape.spare(k)
         if spec.query_scale is not None:
             q = scaled(tape, q)
         mask = tape.seq_len**2 if spec.window is not None and spec.window < tape.seq_len else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
 from zoo.plan.operations import convolved, keeping_input, keeping_result, norm, projected, scaled, times
-from zoo.plan.tape import Tape, Value
+from zoo.plan.tape import COMPILED, Tape, Value
 from zoo.spec.delta import DeltaSpec
 from zoo.spec.norm import NormSpec
 
@@ -46,7 +46,10 @@ class DeltaCost(Cost):
         log_decay = self._log_decay(tape, x)
         beta = scaled(tape, keeping_result(tape, projected(tape, x, d_model, spec.num_heads)))
         y = self._mix(tape, qkv, log_decay, beta)
-        y = times(tape, norm(tape, y, spec.v_width, NormSpec()), keeping_input(tape, gate))
+        if y.itemsize == COMPILED:
+            y = tape.apply([y, gate], y.numel, saves=[y, gate], trains=spec.v_width)
+        else:
+            y = times(tape, norm(tape, y, spec.v_width, NormSpec()), keeping_input(tape, gate))
         return projected(tape, y, v_width, d_model)
 
     def _log_decay(self, tape: Tape, x: Value) -> Value:
@@ -64,9 +67,20 @@ class DeltaCost(Cost):
         spec, tokens = self.spec, tape.num_tokens
         qk_width = spec.qk_heads * spec.head_dim
         qk, v = tape.split(qkv, (2 * tokens * qk_width, tokens * spec.num_heads * spec.v_width))
-        qk = tape.apply([qk], qk.numel, saves=[qkv], keeps=tokens * 2 * spec.qk_heads, grad_work=3 * qk.numel)
+        if qkv.itemsize != COMPILED:
+            qk = tape.apply([qk], qk.numel, saves=[qkv], keeps=tokens * 2 * spec.qk_heads, grad_work=3 * qk.numel)
+            q, k = tape.split(qk, (tokens * qk_width, tokens * qk_width))
+            q, k = tape.split(tape.join((scaled(tape, q), k)), (tokens * qk_width, tokens * qk_width))
+            return self._chunks(tape, q, k, v, log_decay, beta)
+        qk = tape.apply([qk], qk.numel, saves=[qkv])
         q, k = tape.split(qk, (tokens * qk_width, tokens * qk_width))
-        return self._chunks(tape, scaled(tape, q), k, v, log_decay, beta)
+        if spec.decay.per == "channel":
+            return self._chunks(tape, q, k, v, log_decay, beta)
+        state = tape.batch_size * spec.num_heads * spec.head_dim * spec.v_width
+        inputs = [q, k, v, log_decay, beta]
+        return tape.apply(
+            inputs, tokens * spec.num_heads * spec.v_width, saves=inputs, keeps=state, work=state, grad_work=2 * state
+        )
 
     def _chunks(self, tape: Tape, q: Value, k: Value, v: Value, log_decay: Value, beta: Value) -> Value:
         """`zoo.blocks.delta_rule.delta_chunks`."""

@@ -42,6 +42,8 @@ class Constants:
     """The same of what goes into experts, and of gradients that come back."""
     launch_s: Any = 2e-5
     """Host time of a kernel; nothing is launched faster."""
+    wake_s: Any = 2e-5
+    """Until a host that waits for every kernel sees that it is done."""
     launch_partial: Any = 0.7
     """The part of it that is left when layers are captured in graphs."""
     launch_full: Any = 0.1
@@ -89,6 +91,22 @@ class Constants:
 
 
 @dataclass(frozen=True)
+class Habits:
+    """What an engine does, whatever its speed, as numbers or as arrays [n]."""
+
+    fused_attention: Any = True
+    """False: attention writes its scores to memory."""
+    sequence_parallel: Any = True
+    """Devices of tensor parallelism share the residual stream (arXiv:2205.05198); False: each has all of it."""
+    blocking: Any = False
+    """The host waits for every kernel before it launches the next."""
+    grad_bytes: Any = 4.0
+    """Of a gradient on a link."""
+    graphs: Any = 0
+    """0: every kernel is launched by the host; 1: layers are captured; 2: whole iterations are."""
+
+
+@dataclass(frozen=True)
 class Engine:
     """An engine at one of its releases."""
 
@@ -96,15 +114,20 @@ class Engine:
     epoch: str
     constants: Constants
     fused_attention: bool = True
-    """False: attention writes its scores to memory."""
+    """This, `sequence_parallel`, `blocking` and `grad_bytes` as `Habits` has them."""
+    sequence_parallel: bool = True
+    blocking: bool = False
+    grad_bytes: float = 4.0
     trains_mtp: bool = False
     """Described blocks of multi-token prediction are trained unless one says otherwise."""
-    grad_bytes: float = 4.0
-    """Of a gradient on a link."""
     gradient: float = 4.0
     """Bytes of a gradient in memory."""
     graphs: int = 0
-    """What it captures at most, as `zoo.plan.step.step_of` takes it."""
+    """What it captures at most, as `Habits` has it."""
+
+    def habits(self, graphs: int) -> Habits:
+        """What it does in a run that captures `graphs`."""
+        return Habits(self.fused_attention, self.sequence_parallel, self.blocking, self.grad_bytes, graphs)
 
 
 @dataclass(frozen=True)

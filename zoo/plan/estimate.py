@@ -244,13 +244,20 @@ def _traffic(prices: Prices, points: Points, engine: Engine) -> dict[str, float]
     """Bytes of a step by kind: what forward and backward passes of all micro-batches and the update send."""
     t, again = prices.work.traffic, points.again("full")
     times, experts = points.num_micro_batches, 2 + np.maximum(again, points.again("moe"))
+    # torch keeps what blocks have gathered, and adds up gradients of whole weights in every micro-batch; Megatron-Core
+    # gathers a second time, for the gradients of weights (arXiv:2205.05198, section 4.2.2).
+    by_torch = engine.name == "fsdp"
+    tp = 2 * t.tp * ((2.0 if by_torch else 2.5) + again) + 4 * t.tp_ends + 2 * t.tp_whole * by_torch
+    shared = (
+        points.shard > 1
+    )  # then gradients of shares are summed over the replicas, in the dtype they are scattered in
     found = {
-        "tp": 2 * t.tp * (2.5 + again) * times,
+        "tp": tp * times,
         "ep": 2 * t.ep * experts * times,
         "etp": 2 * t.etp * experts * times,
         "cp": 2 * t.cp * (3 + again) * times,
         "pp": 4 * t.pp * times,
         "shard": 6 * t.shard * times,
-        "dp": (engine.grad_bytes + 2) * (t.dp + t.dp_experts),
+        "dp": np.where(shared, 4.0, engine.grad_bytes + 2) * (t.dp + t.dp_experts),
     }
     return {name: float(value[0]) for name, value in found.items()}

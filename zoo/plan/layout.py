@@ -195,5 +195,7 @@ class Points:
 
     @property
     def expert_shard(self) -> Array:
-        """How many of these share their weights."""
-        return np.clip(self.shard * self.tp / (self.ep * self.etp), 1.0, np.maximum(self.expert_dp, 1.0))
+        """How many of these share their weights: those of a group that shares all weights. Where no two of such a group
+        hold the same experts, all that do share them, as `zoo.parallel.mesh` and NeMo AutoModel have it."""
+        mates, everyone = self.shard * self.tp / (self.ep * self.etp), np.maximum(self.expert_dp, 1.0)
+        return np.where((self.shard > 1) & (mates <= 1), everyone, np.clip(mates, 1.0, everyone))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zoo.plan.base import Cost, Weight, linear
 from zoo.plan.operations import convolved, keeping_input, norm, projected, times
-from zoo.plan.tape import Tape, Value
+from zoo.plan.tape import COMPILED, Tape, Value
 from zoo.spec.mamba2 import Mamba2Spec
 from zoo.spec.norm import NormSpec
 
@@ -53,33 +53,48 @@ class Mamba2Cost(Cost):
         return projected(tape, self._gated_norm(tape, y, z), spec.d_inner, d_model, spec.bias)
 
     def _scan(self, tape: Tape, xbc: Value, dt: Value) -> Value:
-        """The recurrence in chunks: kept are its arguments and a state for each step; the rest is made again."""
+        """The recurrence: the compiled kernel keeps its arguments alone."""
         spec, tokens = self.spec, tape.num_tokens
         shared_width = spec.num_groups * spec.d_state
         x, b, c = tape.split(xbc, [tokens * width for width in (spec.d_inner, shared_width, shared_width)])
+        state = tape.batch_size * spec.d_inner * spec.d_state
+        inputs, size = [x, dt, b, c], tokens * spec.d_inner
+        if xbc.itemsize != COMPILED:
+            y = self._scan_by_torch(tape, inputs, xbc, state)
+        else:
+            grad_work = 2 * state + 2 * tokens * shared_width
+            y = tape.apply(
+                inputs, size, saves=[xbc, dt], keeps=state, work=state, grad_work=grad_work, trains=spec.num_heads
+            )
+        skipped = tape.apply([x], tokens * spec.d_inner, saves=[xbc], grad_work=x.numel, trains=spec.num_heads)
+        return tape.add(y, skipped)
+
+    def _scan_by_torch(self, tape: Tape, inputs: list[Value], xbc: Value, state: int) -> Value:
+        """In steps of some chunks: kept are the arguments and a state for each step; the rest is made again."""
+        spec, tokens = self.spec, tape.num_tokens
         length = min(spec.chunk_size, tape.seq_len)
         square = tape.batch_size * spec.num_heads * spec.chunk_size**2
         whole, rest = divmod(tape.seq_len, spec.chunk_size)
         together = min(max(1, CACHED_ELEMENTS // square), max(whole, 1))
         steps = -(-whole // together) + (rest > 0)
-        state = tape.batch_size * spec.d_inner * spec.d_state
         decays = tape.batch_size * together * spec.num_heads * length**2
         some = tape.batch_size * together * length * spec.d_inner
         states = (together + 1) * state
-        y = tape.apply(
-            [x, dt, b, c],
+        return tape.apply(
+            inputs,
             tokens * spec.d_inner,
-            saves=[xbc, dt],
+            saves=[xbc, inputs[1]],
             keeps=steps * state,
             work=max(3 * decays, decays + 2 * some + states),
             grad_work=max(4 * decays + 5 * some, 2 * decays + 7 * some) + 2 * states,
             trains=spec.num_heads,
         )
-        skipped = tape.apply([x], tokens * spec.d_inner, saves=[xbc], grad_work=x.numel, trains=spec.num_heads)
-        return tape.add(y, skipped)
 
     def _gated_norm(self, tape: Tape, y: Value, z: Value) -> Value:
-        spec, opening = self.spec, keeping_input(tape, z)
+        spec = self.spec
+        if y.itemsize == COMPILED:
+            return tape.apply([y, z], y.numel, saves=[y, z], trains=spec.d_inner)
+        opening = keeping_input(tape, z)
         if spec.norm_before_gate:
             return times(tape, norm(tape, y, spec.d_inner, NormSpec()), opening)
         return norm(tape, times(tape, y, opening), spec.d_inner, NormSpec())

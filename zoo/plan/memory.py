@@ -27,6 +27,8 @@ ON_HOST = ("adamw_host",)
 """Optimizers whose moments and master weights are kept, and updated, by the host."""
 EVERY_OTHER_OF_MIXER = 0.125
 """Of a mixer's inner activations, those that recomputing every other product does without."""
+ACT_OF_EXPERTS = {True: 0.4, False: 0.5}
+"""Of what experts keep inside, the part that computing activations again does without, by whether there are gates."""
 LAYERS_UNDER_WAY = 2.0
 """Of those whose activations go to the host: the one that is worked on and the one that is moved."""
 
@@ -53,6 +55,11 @@ class Storage:
     """The residual stream is shared among the devices of tensor parallelism as well."""
     gathered: float = 2.0
     """Layers whose sharded weights are whole at the same time: the one that is worked on and the next."""
+    whole_ends: bool = False
+    """Embedding and head are whole during a pass, not only while they are worked on (torch's `fully_shard` of a model
+    puts them together in its outermost group)."""
+    keeps_gathered: bool = False
+    """With sequence parallelism, what blocks gather of their inputs is kept, not gathered a second time."""
     states_on_host: bool = False
     """Master weights and moments take no memory of the device."""
 
@@ -88,7 +95,8 @@ def _stage(spec: ModelSpec, uses: list[Use], sizes: Sizes, p: Points, s: Storage
     kept = dense / p.shard + experts / p.expert_shard
     spread = dense / (p.dp * p.cp) + experts / np.maximum(p.expert_dp, 1.0)
     states = np.where(sharded, kept, spread if s.spread_states else dense + experts)
-    gathered = np.where(sharded, s.gathered * (dense + experts) / (spec.num_layers / p.pp + 1) * s.weight, 0.0)
+    whole = s.gathered * (dense + experts) / (spec.num_layers / p.pp + 1) + (table if s.whole_ends else 0.0)
+    gathered = np.where(sharded, whole * s.weight, 0.0)
     in_flight = flight(p) if first else np.where(alone, 1.0, np.minimum(1.0 + (p.pp - 1) / p.pp * (p.vp > 1), p.pp))
     activations, dispatch = activation_bytes(spec, uses, p, s, in_flight)
     ends = alone | (not first)
@@ -137,16 +145,25 @@ def micro_batch_bytes(spec: ModelSpec, uses: list[Use], p: Points, s: Storage) -
     for use in uses:
         parts, times = use.cost.activations(), use.times / p.pp
         byte = _kept_elements(use, p, stream) * s.activation + (spec.d_model * stream if s.dropout else 0.0)
+        if s.keeps_gathered and s.sequence_parallel and _gathers(use):
+            # Routers and experts work with a device's own tokens: these are kept beside all tokens, else among them.
+            byte = byte + spec.d_model * (p.tp - (0 if use.experts else 1)) * (p.tp > 1) * s.activation
         if use.is_mixer and not s.fused_attention:
             heads = getattr(use.cost.spec, "num_heads", 0)
             byte = byte + 5.0 * heads * p.seq_len * (1 - p.again("core"))
-        sent = (parts["routed"] * p.etp + parts["experts"] * (1 - 0.4 * p.again("act"))) * (1 - p.again("moe"))
+        act = ACT_OF_EXPERTS[getattr(use.cost.spec, "gated", True)] * p.again("act")
+        sent = (parts["routed"] * p.etp + parts["experts"] * (1 - act)) * (1 - p.again("moe"))
         whole, moved = byte * tokens, sent * s.activation * tokens
         widest = np.maximum(widest, whole + moved)
         kept = kept + times * whole * (1 - full)
         routed = routed + times * moved * (1 - full)
     per_layer = spec.d_model * stream * s.activation * tokens * spec.num_layers / p.pp
     return np.where(full > 0, per_layer, kept), routed, widest
+
+
+def _gathers(use: Use) -> bool:
+    """Whether a block has matrices that tensor parallelism cuts, and so needs the tokens of all devices."""
+    return any(product.split == "rows" and not product.grouped for product in use.products)
 
 
 def _kept_elements(use: Use, p: Points, stream: Array) -> Array:

@@ -27,4 +27,7 @@ class MLPCost(Cost):
         spec = self.spec
         gate = projected(tape, x, self.d_model, spec.d_ffn, spec.bias) if spec.gated else None
         up = projected(tape, x, self.d_model, spec.d_ffn, spec.bias)
-        return projected(tape, activated(tape, spec, up, gate), spec.d_ffn, self.d_model, spec.bias)
+        hidden = activated(tape, spec, up, gate)
+        if spec.activation == "silu" and gate is not None:
+            tape.spare(hidden)
+        return projected(tape, hidden, spec.d_ffn, self.d_model, spec.bias)

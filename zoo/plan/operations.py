@@ -5,7 +5,7 @@ The counts were read from torch's own events of memory; `tests/plan/test_own_mem
 
 from __future__ import annotations
 
-from zoo.plan.tape import Tape, Value
+from zoo.plan.tape import COMPILED, Tape, Value
 from zoo.spec.mlp import ActivationSpec
 from zoo.spec.norm import NormSpec
 from zoo.spec.rope import RopeSpec
@@ -20,8 +20,8 @@ def projected(tape: Tape, x: Value, d_in: int, d_out: int, bias: bool = False) -
 def norm(tape: Tape, x: Value, width: int, spec: NormSpec) -> Value:
     """A norm over `width` channels.
 
-    torch's layer norm is one operation; its RMS norm is a chain of them that keeps x and, for the gradient of the
-    weight, x over its root mean square.
+    torch's layer norm is one operation, and so is the compiled RMS norm in fp32, which keeps x and a number a row;
+    torch's is a chain.
     """
     rows, weighed = x.numel // width, spec.weight != "none"
     weights = width * (weighed + spec.bias)
@@ -30,17 +30,7 @@ def norm(tape: Tape, x: Value, width: int, spec: NormSpec) -> Value:
     if x.itemsize < 4:  # x is widened to fp32 and back; kept are the wide one and the result before its weight
         keeps = (4 / x.itemsize + weighed) * x.numel
         return tape.apply([x], x.numel, keeps=keeps, work=2 * x.numel, grad_work=4 * x.numel, trains=weights)
-    keeps = (x.numel if weighed else 0) + rows
-    return tape.apply(
-        [x],
-        x.numel,
-        saves=[x],
-        saves_result=not weighed,
-        keeps=keeps,
-        work=0 if weighed else x.numel,
-        grad_work=2 * x.numel,
-        trains=weights,
-    )
+    return tape.apply([x], x.numel, saves=[x], keeps=rows, trains=weights)
 
 
 def scaled(tape: Tape, x: Value) -> Value:
@@ -76,6 +66,8 @@ def keeping_result(tape: Tape, x: Value) -> Value:
 def turned(tape: Tape, x: Value, head_dim: int, rotary_dim: int, rope: RopeSpec) -> Value:
     """Rotary positions on the leading `rotary_dim` channels of heads of `head_dim`."""
     tables = tape.once(("rope", rope.theta, rope.scaling, rotary_dim), lambda: tape.new(tape.seq_len * rotary_dim))
+    if x.itemsize == COMPILED:
+        return tape.apply([x], x.numel, saves=[tables])
     turning = x.numel * rotary_dim // head_dim
     partly = turning < x.numel
     # Half of the channels times cos and sin, and their sum, at a time; back, each half is spread to its whole width.
@@ -106,6 +98,8 @@ def activated(tape: Tape, spec: ActivationSpec, up: Value, gate: Value | None) -
             wide = scaled(tape, keeping_result(tape, scaled(tape, gate)))
             opened_gate = times(tape, wide, keeping_result(tape, gate))
             return times(tape, opened_gate, scaled(tape, keeping_result(tape, scaled(tape, up))))
+        case "silu" if up.itemsize == COMPILED:
+            return tape.apply([gate, up], up.numel, saves=[gate, up])
         case _:
             return times(tape, _plain(tape, spec.activation, gate), up)
 
@@ -121,7 +115,8 @@ def _plain(tape: Tape, activation: str, x: Value) -> Value:
 def attended(tape: Tape, q: Value, k: Value, v: Value, *, num_heads: int, widths: tuple[int, int], mask: int) -> Value:
     """Queries [b, h, s, k] attend to keys [b, g, s, k] and values [b, g, s, v].
 
-    torch has a fused form of it on a CPU for heads of one width; others have the whole matrix of scores in memory.
+    In fp32 a compiled kernel takes the plain causal rule. Else torch has a fused form of it on a CPU for heads of one
+    width; others have the whole matrix of scores in memory.
 
     Args:
         widths: k and v.
@@ -129,6 +124,8 @@ def attended(tape: Tape, q: Value, k: Value, v: Value, *, num_heads: int, widths
     """
     masks = [tape.new(mask)] if mask else []
     rows = tape.num_tokens * num_heads
+    if not mask and q.itemsize == COMPILED:
+        return tape.apply([q, k, v], rows * widths[1], saves=[q, k, v], keeps=rows)
     if widths[0] == widths[1]:
         return tape.apply([q, k, v], rows * widths[1], saves=[q, k, v, *masks], saves_result=True, keeps=rows)
     return attended_in_full(tape, q, k, v, num_heads=num_heads, widths=widths)
@@ -164,8 +161,10 @@ def attended_eagerly(
 
 
 def convolved(tape: Tape, x: Value, channels: int, width: int, bias: bool, activated: bool) -> Value:
-    """`zoo.blocks.conv.CausalConv`."""
+    """`zoo.blocks.conv.CausalConv`; the compiled kernel makes again what comes before the activation."""
     weights = channels * width + (channels if bias else 0)
+    if x.itemsize == COMPILED:
+        return tape.apply([x], x.numel, saves=[x], grad_work=tape.batch_size * weights, trains=weights)
     return tape.apply(
         [x],
         x.numel,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from zoo.plan.adapters import AdapterSize
 from zoo.plan.base import Weight
 from zoo.plan.own_step import Step
-from zoo.plan.tape import ACTIVATIONS, KINDS, OPTIMIZER, WEIGHTS, Tape
+from zoo.plan.tape import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS, Tape, Value
 from zoo.plan.trunk import named_weights
 from zoo.spec.block import BlockSpec
 from zoo.spec.model import ModelSpec
@@ -50,6 +51,7 @@ def peak_memory(
     weights: str = "fp32",
     compute: str = "fp32",
     grad_accumulation: int = 1,
+    adapters: AdapterSize | None = None,
 ) -> PeakMemory:
     """The peak of a training step once the optimizer has its state, by the arithmetic of `zoo.plan.tape`.
 
@@ -65,15 +67,17 @@ def peak_memory(
         compute: dtype of matrix products. bf16 products with fp32 weights are counted as fp32 ones: 2 to 15% too much
             in the models that were measured.
         grad_accumulation: micro-batches of a step.
+        adapters: what is trained in place of the weights; None: these.
     """
     del compute
-    tape = Tape(batch_size, seq_len, ITEMSIZES[weights])
-    trained = list(_trained(spec))
+    tape = Tape(batch_size, seq_len, ITEMSIZES[weights], frozen=adapters is not None)
+    trained = [] if adapters is not None else list(_trained(spec))
     held = (
         tape.new(sum(weight.size for weight in named_weights(spec)), kind=WEIGHTS),
         tape.new(_buffer_bytes(spec), 1, kind=WEIGHTS),
         tape.new(_state_numbers(trained, optimizer), kind=OPTIMIZER),
         tape.new(2 * tape.num_tokens * grad_accumulation, 8, kind=ACTIVATIONS),
+        *_of_adapters(tape, adapters or AdapterSize(0, 0.0), spec.num_layers if recompute == "layer" else 1),
     )
     for micro_batch in range(min(2, grad_accumulation)):  # a third one would be as the second
         tape.again = micro_batch > 0
@@ -92,6 +96,13 @@ def peak_memory(
         tape.peak_phase,
         {phase: nbytes / GIB for phase, nbytes in tape.phase_peaks.items()},
     )
+
+
+def _of_adapters(tape: Tape, adapters: AdapterSize, turns: int) -> tuple[Value, ...]:
+    """Adapters in fp32, each with a gradient and two moments, and what tokens leave in them, a part in each turn."""
+    kinds = {WEIGHTS: 1, GRADIENTS: 1, OPTIMIZER: 2}
+    held = tuple(tape.new(times * adapters.numel, 4, kind=kind) for kind, times in kinds.items())
+    return (*held, tape.new(adapters.kept * tape.num_tokens / turns, kind=ACTIVATIONS))
 
 
 def _trained(spec: ModelSpec) -> Iterator[Weight]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from zoo.plan.base import Cost
 from zoo.plan.operations import norm, projected, scaled
-from zoo.plan.tape import LOGITS, Tape, Value
+from zoo.plan.tape import COMPILED, GRADIENTS, LOGITS, Tape, Value
 from zoo.plan.trunk import slot_costs
 from zoo.spec.model import KindSpec, ModelSpec
 from zoo.spec.pattern import expand
 
-CHUNK_NUMBERS = 2**23
+CHUNK_NUMBERS = 2**24
 """Logits that are in memory at a time: `zoo.blocks.linear_loss.CHUNK_NUMBERS`."""
+
+
+def chunk_rows(num_tokens: int, vocab_size: int) -> int:
+    """Tokens of a chunk: `zoo.blocks.linear_loss.chunk_rows`."""
+    most = max(1, CHUNK_NUMBERS // vocab_size)
+    return math.ceil(num_tokens / math.ceil(num_tokens / most))
 
 
 class Step:
@@ -24,6 +31,7 @@ class Step:
 
     def __init__(self, spec: ModelSpec, tape: Tape, recompute: str) -> None:
         self.spec, self.tape, self.recompute = spec, tape, recompute
+        tape.sparing = recompute != "layer"
         self.costs: Mapping[str, Cost] = slot_costs(spec)
 
     def loss(self) -> Value:
@@ -64,7 +72,11 @@ class Step:
 
     def _branch(self, x: Value, slot: str, placement: str) -> Value:
         tape, spec = self.tape, self.spec
-        y = x if placement == "post" else norm(tape, x, spec.d_model, spec.norm)
+        y = x
+        if placement != "post":
+            y = norm(tape, x, spec.d_model, spec.norm)
+            if spec.norm.type == "rms":
+                tape.spare(y)
         y = self.costs[slot].forward(tape, y)
         if placement != "pre":
             y = norm(tape, y, spec.d_model, spec.norm)
@@ -102,31 +114,39 @@ class Step:
         """`zoo.blocks.linear_loss`: both gradients are made chunk by chunk in the forward pass and kept."""
         tape, spec = self.tape, self.spec
         weights = spec.vocab_size * spec.d_model
-        kept = [tape.new(hidden.numel, kind=LOGITS), tape.new(weights, 4, LOGITS)]
+        trained = 0 if tape.frozen else weights
+        kept = [tape.new(hidden.numel, kind=LOGITS), tape.new(trained, 4, LOGITS)]
         bias = spec.vocab_size if spec.head.bias else 0
-        rows = max(1, CHUNK_NUMBERS // spec.vocab_size)
-        logits = grad = None
+        rows = chunk_rows(tape.num_tokens, spec.vocab_size)
+        compiled = tape.itemsize == COMPILED and spec.head.scale == 1 and spec.head.softcap is None
+        logits = capped = grad = None
         for start in range(0, min(tape.num_tokens, 2 * rows), rows):  # a third chunk would be as the second
             chunk = min(rows, tape.num_tokens - start) * spec.vocab_size
+            logits = capped = grad = None
             logits = capped = tape.new(chunk, 4, LOGITS)
+            if compiled:  # the logits become their gradients
+                continue
             if spec.head.scale != 1:
                 capped = tape.new(chunk, 4, LOGITS)
             if spec.head.softcap is not None:
-                capped = tape.new(chunk, 4, LOGITS)
-            tape.new(chunk, 4, LOGITS)  # logarithms of probabilities
+                capped = tape.new(2 * chunk, 4, LOGITS)
             grad = tape.new(chunk, 4, LOGITS)
             if spec.head.softcap is not None:
                 tape.new(2 * chunk, 4, LOGITS)
-            if spec.head.scale != 1:
-                grad = tape.new(chunk, 4, LOGITS)
-            tape.new(weights, kind=LOGITS)
+            if tape.itemsize < COMPILED:
+                tape.new(trained, kind=LOGITS)
         del logits, capped, grad
         again = tape.again or not last
 
         def pull(grads: list[Value | None]) -> list[Value | None]:
-            found = tape.new(numel, itemsize)
-            tape.train(weights + bias, again)
-            return [found]
+            hidden_grad, weight_grad = given.pop()
+            if tape.itemsize == COMPILED and not again:  # what was kept is the gradient
+                weight_grad.storage.become(GRADIENTS)
+                tape.gradients.append(weight_grad.storage)
+                tape.train(bias, again)
+            else:
+                tape.train(weights + bias, again)
+            return [hidden_grad]
 
-        numel, itemsize = hidden.numel, hidden.itemsize
+        given = [kept]
         return tape.record(tape.new(1), [hidden], kept, pull, trains=True)

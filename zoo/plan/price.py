@@ -24,10 +24,10 @@ CONTEXT_GIB = 0.75
 """Of the driver, kernels and communicators, beside what is allocated."""
 ROOMY_GIB = 170.0
 """Memory of chips on which engines capture whole iterations, which takes room for every buffer at once."""
-KEPT_BY_ENGINE: dict[str, dict[str, float]] = {
+KEPT_BY_ENGINE: dict[str, dict[str, Any]] = {
     # Logits in bf16 with a log-softmax and a gradient alike (MaskedCrossEntropy, fp32_upcast: false, in the
     # examples/benchmark/configs of NVIDIA-NeMo/Automodel).
-    "fsdp": {"logit": 6.0},
+    "fsdp": {"logit": 6.0, "keeps_gathered": True, "whole_ends": True},
     # A fused cross-entropy that writes its gradient over the logits (loss_fn: fused_crossentropy of llm-foundry).
     "fsdp@2023": {"logit": 4.0},
     # Logits in bf16 and in fp32, log-softmax and gradient in fp32 (cross_entropy of pytorch/torchtitan); the peaks that
@@ -96,8 +96,7 @@ def price(spec: ModelSpec, hardware: HardwareSpec, points: Points, run: Run, eng
     """
     facts = facts_of(hardware, run.precision, reach_of(hardware.chip))
     work = work_of(spec, points, mtp=run.mtp, balanced=run.balanced)
-    settings = {"fused": engine.fused_attention, "grad_bytes": engine.grad_bytes, "graphs": float(run.graphs)}
-    step = step_of(work, points, facts, engine.constants, **settings)  # type: ignore[arg-type]
+    step = step_of(work, points, facts, engine.constants, engine.habits(run.graphs))
     storage = storage_of(engine, run, facts)
     host_s = (hardware.chip.host.gb_s or HOST_GB_S) * 1e9
     if np.any(points.again(OFFLOADED)):
@@ -123,6 +122,7 @@ def storage_of(engine: Engine, run: Run, facts: Facts) -> Storage:
         "moments": STATE_BYTES[run.optimizer],
         "states_on_host": run.optimizer in ON_HOST,
         "fused_attention": engine.fused_attention,
+        "sequence_parallel": engine.sequence_parallel,
     }
     if facts.bits >= 32:
         return Storage(**{**common, "master": 0.0, "weight": 4.0, "activation": 4.0, "logit": 8.0})

@@ -16,6 +16,8 @@ from itertools import count
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, WORKSPACE = "activations", "logits", "workspace"
+COMPILED = 4
+"""Bytes of the numbers that the compiled kernels work with: fp32."""
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE)
 """What memory is held for: `activations` are kept for the backward pass, `logits` are what the loss works with, and
 `workspace` is all that comes and goes: intermediate results, gradients of activations, temporaries of the optimizer."""
@@ -24,10 +26,11 @@ KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, WORKSPACE)
 class Storage:
     """Memory that is held as long as the object lives."""
 
-    __slots__ = ("_tape", "kind", "nbytes")
+    __slots__ = ("_tape", "kind", "nbytes", "remade")
 
     def __init__(self, tape: Tape, nbytes: int, kind: str) -> None:
         self._tape, self.nbytes, self.kind = tape, nbytes, kind
+        self.remade = False
         tape.change(kind, nbytes)
 
     def __del__(self) -> None:
@@ -36,9 +39,13 @@ class Storage:
     def hold_for(self, kind: str) -> None:
         """Count it as `kind` from now on. What is kept already stays what it is."""
         if self.kind == WORKSPACE:
-            self._tape.change(WORKSPACE, -self.nbytes)
-            self.kind = kind
-            self._tape.change(kind, self.nbytes)
+            self.become(kind)
+
+    def become(self, kind: str) -> None:
+        """Count it as `kind` from now on."""
+        self._tape.change(self.kind, -self.nbytes)
+        self.kind = kind
+        self._tape.change(kind, self.nbytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,10 +87,11 @@ class Tape:
         batch_size: sequences of a micro-batch.
         seq_len: tokens of a sequence.
         itemsize: bytes of a number in the model's dtype.
+        frozen: the weights get no gradients; gradients go through all the same.
     """
 
-    def __init__(self, batch_size: int, seq_len: int, itemsize: int = 4) -> None:
-        self.batch_size, self.seq_len, self.itemsize = batch_size, seq_len, itemsize
+    def __init__(self, batch_size: int, seq_len: int, itemsize: int = 4, frozen: bool = False) -> None:
+        self.batch_size, self.seq_len, self.itemsize, self.frozen = batch_size, seq_len, itemsize, frozen
         self.num_tokens = batch_size * seq_len
         self.phase = ""
         """What the step is doing."""
@@ -91,6 +99,8 @@ class Tape:
         """Of the weights, as far as they are there."""
         self.again = False
         """The weights in use have gradients, or will have by the time that what is recorded now is gone through."""
+        self.sparing = True
+        """Whether blocks have things made again instead of keeping them (`zoo.blocks.sparing`)."""
         self._recording = True
         self._numbers = count()
         self._memo: dict[object, Value] = {}
@@ -159,6 +169,8 @@ class Tape:
         scratch = self.new(work)
         result = self.new(numel, itemsize)
         del scratch
+        saves = list(saves)
+        grad_work += sum(value.numel for value in saves if value.storage.remade)
         saved = [*saves, *([result] if saves_result else []), *([self.new(keeps)] if keeps else [])]
         sizes = [(value.numel, value.itemsize) for value in inputs]
         again = self.again
@@ -184,14 +196,21 @@ class Tape:
         if not self._recording or not (trains or any(value.node for value in inputs)):
             return result
         edges = [(value.node, value.place) if value.node else None for value in inputs]
-        storages = list({id(value.storage): value.storage for value in saved}.values())
+        storages = list({id(value.storage): value.storage for value in saved if not value.storage.remade}.values())
         for storage in storages:
             storage.hold_for(ACTIVATIONS)
         result.node = Node(next(self._numbers), edges, storages, pull)
         return result
 
+    def spare(self, value: Value) -> Value:
+        """The same value; operations that keep it have it made again."""
+        value.storage.remade = self.sparing and self.itemsize == COMPILED
+        return value
+
     def train(self, numel: int, again: bool) -> None:
         """The gradient of `numel` weights; it is added to the one that they have if it comes `again`."""
+        if self.frozen:
+            return
         grad = self.new(numel)
         if not again:
             grad.storage.hold_for(GRADIENTS)

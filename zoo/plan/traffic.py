@@ -26,6 +26,11 @@ class Traffic:
     tp: Array
     """In a forward pass of one micro-batch: gathers and scatters of the residual stream."""
     tp_calls: Array
+    tp_ends: Array
+    """The same at the embedding and the head."""
+    tp_whole: Array
+    """In a backward pass of one micro-batch: gradients of weights that all devices have whole, where nothing keeps the
+    sum for the last micro-batch."""
     ep: Array
     """In a forward pass of one micro-batch: tokens to experts and back, each choice by itself."""
     ep_calls: Array
@@ -86,6 +91,8 @@ def traffic_of(spec: ModelSpec, uses: Sequence[Use], p: Points) -> Traffic:
     return Traffic(
         tp=tp,
         tp_calls=tp_calls,
+        tp_ends=2 * stream / p.pp * _others(p.tp),
+        tp_whole=2 * sizes.whole / p.pp * _others(p.tp),
         ep=ep,
         ep_calls=ep_calls,
         etp=etp,

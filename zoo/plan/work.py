@@ -43,6 +43,9 @@ class Work:
     elements: Array
     """Activations that norms, rotations, nonlinearities and permutations read or write once, in a forward pass [n]."""
     elements_again: Array
+    repeated: Array
+    """More of the same where devices of tensor parallelism do not share the residual stream: each has all of it [n]."""
+    repeated_again: Array
     routed: Array
     """The same of tokens on their way through experts [n]."""
     routed_again: Array
@@ -52,6 +55,8 @@ class Work:
     """The same of experts [n]."""
     kernels: Array
     """Launched in a forward pass [n]."""
+    kernels_again: Array
+    """The part of them that is launched again in the backward pass [n]."""
     scores: Array
     """Pairs of a query and a key over all heads, masked ones included: what attention without fusion writes [n]."""
     head_m: Array
@@ -64,12 +69,11 @@ class Work:
     """Those that it accumulates the gradients of [n]."""
     shard_weights: Array
     """Those that it keeps the optimizer's states of [n]."""
-    stages: Array
     layers: Array
     """On the fullest stage, over those of the mean stage [n]."""
+    last_layers: Array
+    """The same of the last stage, which has the head beside them."""
     micro_batches: Array
-    bubbles: Array
-    """Micro-batches that pass a stage while it waits [n]."""
     tokens: Array
     """Of a step, on one device [n]."""
     routed_imbalance: Array
@@ -91,13 +95,14 @@ def work_of(spec: ModelSpec, points: Points, *, mtp: bool = False, balanced: boo
     one = np.ones(len(p))
     head = 1.0 + depth
     weights, held, shards = weights_on(spec, p, mtp)
-    layers = spec.num_layers / p.pp
+    fullest, last = layers_of_stages(spec.num_layers, p.pp)
     vocab = float(spec.vocab_size)
     return Work(
         **gemms,
         **_mixing(uses, p),
         **_elements(uses, p),
         kernels=sum((use.times * _kernels(use) for use in uses), 0.0) * per_stage,
+        kernels_again=p.again("full"),
         scores=_score_pairs(uses, p),
         head_m=p.tokens,
         head_n=vocab / p.tp,
@@ -106,14 +111,19 @@ def work_of(spec: ModelSpec, points: Points, *, mtp: bool = False, balanced: boo
         weights=weights,
         held=held,
         shard_weights=shards,
-        stages=p.pp,
-        layers=np.ceil(layers - 1e-9) / layers,
+        layers=fullest / (spec.num_layers / p.pp),
+        last_layers=last / (spec.num_layers / p.pp),
         micro_batches=p.num_micro_batches,
-        bubbles=(p.pp - 1) / p.vp,
         tokens=p.global_batch * p.seq_len / p.num_devices,
         routed_imbalance=one if balanced else imbalance(p.ep),
         traffic=traffic_of(spec, uses, p),
     )
+
+
+def layers_of_stages(num_layers: int, pp: Array) -> tuple[Array, Array]:
+    """Layers of the fullest stage and of the last one, which lacks half of those that are missing in full stages."""
+    fullest = np.ceil(num_layers / pp - 1e-9)
+    return fullest, np.maximum(fullest - np.ceil((fullest * pp - num_layers) / 2), 0.0)
 
 
 def imbalance(ep: Array) -> Array:
@@ -201,13 +211,14 @@ def _score_pairs(uses: list[Use], p: Points) -> Array:
 
 def _elements(uses: list[Use], p: Points) -> dict[str, Array]:
     found = {name: np.zeros(len(p)) for name in ("elements", "elements_again", "routed", "routed_again")}
-    found |= {name: np.zeros(len(p)) for name in ("cast", "cast_routed")}
+    found |= {name: np.zeros(len(p)) for name in ("repeated", "repeated_again", "cast", "cast_routed")}
     for use in uses:
         kept = use.cost.activations()
         scale = use.times / p.pp * p.tokens / p.tp
         part = p.again("moe") if use.experts else 0.0 if use.is_mixer else p.again("mlp")
         again = np.maximum(np.maximum(p.again("full"), part), 0.5 * p.again("act"))
         each = {"elements": (kept["inputs"] + kept["inner"] + kept["hidden"]) * scale}
+        each["repeated"] = kept["inputs"] * (p.tp - 1) * scale
         each["routed"] = (ROUTED * kept["routed"] * p.etp + kept["experts"]) * scale
         for name, value in each.items():
             found[name] = found[name] + value
