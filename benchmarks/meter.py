@@ -7,16 +7,17 @@ included, where a mode that watches dispatched operations sees their results alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from zoo.decoder import Decoder, build
+from zoo.native.library import library
 from zoo.spec import ModelSpec
 from zoo.spec.train import OptimizerSpec
 from zoo.train.optim import build_optimizers
@@ -90,19 +91,30 @@ class Trained:
 
     def held(self) -> int:
         """Bytes that are held between steps."""
-        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
-        counted = [*self.model.parameters(), *self.model.buffers(), *self.counter._totals.values()]
-        counted += [part for state in states for part in state.values() if isinstance(part, Tensor)]
-        return sum(part.untyped_storage().nbytes() for part in counted)
+        return held_bytes(self.model, self.optimizers, self.counter._totals.values())
+
+
+def held_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], more: Iterable[Tensor] = ()) -> int:
+    """Of weights, buffers and the state of optimizers; what is shared counts once."""
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    counted = [*model.parameters(), *model.buffers(), *more]
+    counted += [part for state in states for part in state.values() if isinstance(part, Tensor)]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in counted}
+    return sum(storages.values())
 
 
 def measure(spec: ModelSpec, **settings: Any) -> Measured:
     """The peak of the second step of training `spec`; settings as of `Trained`."""
+    library()  # as `zoo train` does, if there is a compiler
     trained = Trained(spec, **settings)
-    before = trained.held()
+    return peaks_of(trained.step, trained.held())
+
+
+def peaks_of(step: Callable[[], object], before: int) -> Measured:
+    """The peaks of a step that begins with `before` bytes."""
     live, phase, peaks = 0, "", dict[str, int]()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trained.step()
+        step()
     for name, change in _in_order(profiler.profiler.kineto_results.events()):  # type: ignore[union-attr]
         phase = name or phase
         live += change

@@ -50,28 +50,35 @@ BYTES_OF_A_COPY = 4 * 2**30
 """batched_mm copies the weights of every choice: it takes part up to this."""
 
 
-def rows() -> list[Row]:
-    choices = tune()
-    print(*choices, sep="\n", flush=True)
-    found: list[Row] = []
-    for shape in SHAPES.values():
-        found += layer_rows(shape)
-    return [*found, *_means(found)]
+PASSES = {"training": ((True, 4096, 2),), "inference": ((False, 512, 9), (False, 64, 15), (False, 1, 60))}
+"""Whether there is a backward pass, tokens, rounds."""
+PARTS = tuple(f"{shape} {what}" for shape in SHAPES for what in (*PASSES, "memory"))
 
 
-def layer_rows(shape: Shape) -> list[Row]:
-    """Training at 4096 tokens, inference at 512, 64 and 1."""
+def rows(part: str | None = None) -> list[Row]:
+    """All rows, or those of one of `PARTS`."""
+    print(*tune(), sep="\n", flush=True)
+    found = [row for name in PARTS if part in (None, name) for row in _part_rows(name)]
+    return found if part else summary(found)
+
+
+def _part_rows(part: str) -> list[Row]:
+    name, what = part.split()
+    return _memory_rows(SHAPES[name]) if what == "memory" else layer_rows(SHAPES[name], PASSES[what])
+
+
+def layer_rows(shape: Shape, passes: tuple[tuple[bool, int, int], ...]) -> list[Row]:
     layers = build(shape)
     compare(layers, shape)
     found = []
-    for train, num_tokens, rounds in ((True, 4096, 5), (False, 512, 9), (False, 64, 15), (False, 1, 60)):
+    for train, num_tokens, rounds in passes:
         calls = {name: call(layer, shape.d_model, num_tokens, train) for name, layer in layers.items()}
         calls = {name: run for name, run in calls.items() if _feasible(name, shape, num_tokens, train)}
         if train:
             width = shape.d_expert * (shape.top_k + shape.num_shared)
             calls["dense"] = call(MLP(shape.d_model, d_ffn=width), shape.d_model, num_tokens, train)
         found += _compared(shape, f"{'training' if train else 'inference'}, {num_tokens} tokens", calls, rounds)
-    return [*found, *_memory_rows(shape, found[0].other)]
+    return found
 
 
 def _compared(shape: Shape, what: str, calls: dict[str, Callable[[], None]], rounds: int) -> list[Row]:
@@ -96,19 +103,20 @@ def _feasible(name: str, shape: Shape, num_tokens: int, train: bool) -> bool:
     )
 
 
-def _means(found: list[Row]) -> list[Row]:
-    """Geometric means over the shapes, against the fastest peer of each."""
-    means = []
+def summary(found: list[Row]) -> list[Row]:
+    """The rows, and the geometric means over the shapes that were measured, against the fastest peer of each."""
+    found, means = [row for row in found if not row.what.startswith("geometric mean")], []
     for words in ("training, 4096 tokens", "inference, 512 tokens", "inference, 64 tokens", "inference, 1 tokens"):
         ratios = [row.ratio for row in found if row.what.endswith(words) and row.other.startswith(PEERS)]
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        means.append(Row(f"geometric mean: {words}", "", "the fastest peer of each shape", mean, "bar 1.3"))
-    return means
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            means.append(Row(f"geometric mean: {words}", "", "the fastest peer of each shape", mean, "bar 1.3"))
+    return found + means
 
 
-def _memory_rows(shape: Shape, fastest: str) -> list[Row]:
-    names = ["zoo", *(name for name in PEERS if fastest.startswith(name)), "litgpt", "transformers grouped_mm"]
-    sizes = {name: _apart(shape, name) for name in dict.fromkeys(names) if name in build_names()}
+def _memory_rows(shape: Shape) -> list[Row]:
+    names = ("zoo", "litgpt", "transformers grouped_mm")  # one of these two is the fastest peer
+    sizes = {name: _apart(shape, name) for name in names if name in build_names()}
     mine = sizes.pop("zoo")
     return [
         Row(f"{shape}: extra memory of training, 4096 tokens", f"{mine:.0f} MiB", f"{name} {size:.0f} MiB", size / mine)

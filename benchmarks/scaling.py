@@ -26,17 +26,22 @@ SERIES = {
 """(tokens, experts, active experts) of each point."""
 
 
-def rows() -> list[Row]:
+PARTS = tuple(SERIES)
+
+
+def rows(part: str | None = None) -> list[Row]:
+    """All rows and the plot, or the rows of one of `PARTS`."""
     print(*tune(), sep="\n", flush=True)
-    seconds = {name: measure(points) for name, points in SERIES.items()}
-    plot(seconds)
+    seconds = {name: measure(points) for name, points in SERIES.items() if part in (None, name)}
+    if part is None:
+        plot(seconds)
     return [row for name, found in seconds.items() for row in series_rows(name, found)]
 
 
 def measure(points: list[tuple[int, int, int]]) -> list[float]:
     """Median seconds of each point, all points in turns."""
     calls = {str(point): call(_layer(*point[1:]), D_MODEL, point[0], True) for point in points}
-    return list(interleaved(calls, rounds=3, warmup=1).values())
+    return list(interleaved(calls, rounds=2, warmup=1).values())
 
 
 def _layer(num_experts: int, top_k: int) -> MoE:

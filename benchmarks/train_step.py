@@ -1,8 +1,9 @@
 """A whole training step on this CPU takes less time and memory than transformers' at its best setting.
 
 The same weights (`zoo.save_pretrained`), the same batch; losses are compared first. Both run in one process with the
-same settings (`zoo.tuning`), transformers with grouped_mm experts, SDPA and fused AdamW. Memory is the most that a
-step of a fresh process takes above the start, weights and optimizer state included.
+same settings (`zoo.tuning`), transformers with grouped_mm experts, SDPA and fused AdamW. Memory is the peak of a step
+by the counters of torch's allocator (`benchmarks.meter`), weights and optimizer state included, in a process each.
+
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 import zoo.decoder
-from benchmarks.harness import Row, interleaved, peak_extra_mib
+from benchmarks.harness import Row, interleaved
+from benchmarks.meter import held_bytes, peaks_of
 from zoo.native.library import library
 from zoo.tuning import tune
 
 VOCAB, BATCH, SEQ_LEN = 32000, 8, 512
+MIB = 2**20
 MODELS: dict[str, tuple[str, ...]] = {
     "MoE": (
         "tiny_moe",
@@ -46,57 +49,64 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.layers='2*(3*mamba_dense attention_dense)'",
     ),
 }
+WHO = ("zoo", "transformers")
 
 
-def rows() -> list[Row]:
+PARTS = tuple(f"{name} {what}" for name in MODELS for what in ("step", "memory"))
+
+
+def rows(part: str | None = None) -> list[Row]:
+    """All rows, or those of one of `PARTS`."""
     print(*tune(), sep="\n", flush=True)
-    found = []
-    for name in MODELS:
-        found += model_rows(name)
-    return found
+    rounds = 3 if part is None else 1  # a part has a minute
+    return [_row(name, rounds) for name in PARTS if part in (None, name)]
 
 
-def model_rows(name: str) -> list[Row]:
+def _row(part: str, rounds: int) -> Row:
+    name, _, what = part.rpartition(" ")
+    return time_row(name, rounds) if what == "step" else memory_row(name)
+
+
+def _what(name: str) -> str:
+    return f"{name}, {BATCH} x {SEQ_LEN} tokens, vocabulary {VOCAB}"
+
+
+def time_row(name: str, rounds: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        steps = {who: step(model) for who, model in models(name, folder, ("zoo", "transformers")).items()}
-        mine, theirs = (float(run()) for run in steps.values())
-        if abs(mine - theirs) > 1e-3 * theirs:
-            raise ValueError(f"{name}: the losses are {mine} and {theirs}")
-        seconds = interleaved(steps, rounds=3, warmup=1)
-        del steps
-        peaks = {who: _apart(name, folder, who) for who in seconds}
-    what = f"{name}, {BATCH} x {SEQ_LEN} tokens, vocabulary {VOCAB}"
-    return [
-        Row(
-            f"step: {what}",
-            *(f"{who} {t:.2f} s" for who, t in seconds.items()),
-            seconds["transformers"] / seconds["zoo"],
-        ),
-        Row(
-            f"memory: {what}", *(f"{who} {m:.0f} MiB" for who, m in peaks.items()), peaks["transformers"] / peaks["zoo"]
-        ),
-    ]
+        steps = {who: step(model)[0] for who, model in models(name, folder, WHO).items()}
+    mine, theirs = (float(run()) for run in steps.values())  # this warms up, too
+    if abs(mine - theirs) > 1e-3 * theirs:
+        raise ValueError(f"{name}: the losses are {mine} and {theirs}")
+    seconds = interleaved(steps, rounds, warmup=0)
+    ratio = seconds["transformers"] / seconds["zoo"]
+    return Row(f"step: {_what(name)}", *(f"{who} {seconds[who]:.2f} s" for who in WHO), ratio, "bar 1.5")
+
+
+def memory_row(name: str) -> Row:
+    peaks = {who: _apart(name, who) for who in WHO}
+    ratio = peaks["transformers"] / peaks["zoo"]
+    return Row(f"memory: {_what(name)}", *(f"{who} {peaks[who]:.0f} MiB" for who in WHO), ratio, "bar 2")
 
 
 def models(name: str, folder: str, who: tuple[str, ...]) -> dict[str, nn.Module]:
     """The models that `who` names, with equal weights, by way of a checkpoint in `folder`."""
     base, *overrides = MODELS[name]
-    found: dict[str, nn.Module] = {}
-    if "zoo" in who:
-        torch.manual_seed(0)
-        found["zoo"] = zoo.build(zoo.load(base, "model.d_model=512", f"model.vocab_size={VOCAB}", *overrides))
-        zoo.save_pretrained(found["zoo"], folder)
+    torch.manual_seed(0)
+    found: dict[str, nn.Module] = {
+        "zoo": zoo.build(zoo.load(base, "model.d_model=512", f"model.vocab_size={VOCAB}", *overrides))
+    }
     if "transformers" in who:
+        zoo.save_pretrained(found["zoo"], folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         if name == "MoE":
             theirs.set_experts_implementation("grouped_mm")
         theirs.config.use_cache = False
         found["transformers"] = theirs
-    return {key: model.train() for key, model in found.items()}
+    return {key: found[key].train() for key in who}
 
 
-def step(model: nn.Module) -> Callable[[], Any]:
-    """One optimizer step on tokens drawn anew; its loss."""
+def step(model: nn.Module) -> tuple[Callable[[], Any], AdamW]:
+    """One optimizer step on tokens drawn anew, which gives its loss; and the optimizer."""
     optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -111,22 +121,19 @@ def step(model: nn.Module) -> Callable[[], Any]:
         optimizer.zero_grad()
         return loss.detach()
 
-    return run
+    return run, optimizer
 
 
-def _apart(name: str, folder: str, who: str) -> float:
+def _apart(name: str, who: str) -> float:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(step_peak_mib, name, folder, who).result()
+        return pool.submit(step_peak_mib, name, who).result()
 
 
-def step_peak_mib(name: str, folder: str, who: str) -> float:
-    """Of the first two steps, model and optimizer included; the modules are loaded before."""
+def step_peak_mib(name: str, who: str) -> float:
+    """Of the second step, when the optimizer has its state."""
     library()
-
-    def run() -> None:
+    with tempfile.TemporaryDirectory() as folder:
         (model,) = models(name, folder, (who,)).values()
-        take = step(model)
-        for _ in range(2):
-            take()
-
-    return peak_extra_mib(run)
+    take, optimizer = step(model)
+    take()
+    return peaks_of(take, held_bytes(model, [optimizer])).peak / MIB

@@ -16,6 +16,8 @@ from zoo.blocks.embedding import Embedding, Head
 from zoo.blocks.layer import Layer, MTPBlock
 from zoo.blocks.linear_loss import IGNORED
 from zoo.blocks.norm import Norm
+from zoo.blocks.roles import init_scale, role_of
+from zoo.blocks.unfilled import unfilled
 from zoo.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -69,11 +71,15 @@ class Decoder(nn.Module):
         """The residual stream [b, s, d] after the final norm."""
         x = self.embed(tokens, context)
         for index, layer in enumerate(self.layers):
-            if self.recompute == "layer" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False, context_fn=context.recompute_contexts)
-            else:
-                x = layer(x, context, states[index] if states is not None else None)
+            x = self.pass_layer(layer, x, context, states[index] if states is not None else None)
         return self.norm(x)
+
+    def pass_layer(self, layer: nn.Module, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        """The residual stream [b, s, d] after one of the layers; what `recompute` says holds."""
+        context.sparing = self.recompute != "layer"
+        if self.recompute == "layer" and torch.is_grad_enabled():
+            return checkpoint(layer, x, context, use_reentrant=False, context_fn=context.recompute_contexts)
+        return layer(x, context, state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of the hidden state [..., d]."""
@@ -82,7 +88,10 @@ class Decoder(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, context: Context | None = None) -> Losses:
         """The training objective: tokens and targets [b, s] int64; a target of -100 does not count."""
         context = context or Context.of(tokens)
-        hidden = self.hidden(tokens, context)
+        return self.objective(self.hidden(tokens, context), tokens, targets, context)
+
+    def objective(self, hidden: Tensor, tokens: Tensor, targets: Tensor, context: Context) -> Losses:
+        """The training objective of tokens whose hidden state [b, s, d] is already known."""
         total = cross_entropy = self._cross_entropy(hidden, targets, context)
         items = {"cross_entropy": cross_entropy.detach()}
         if self.mtp is not None and self.spec.mtp is not None:
@@ -138,9 +147,26 @@ class Decoder(nn.Module):
 
     def reset_weights(self) -> None:
         """Random initial weights as the description says (`InitSpec`)."""
+        for name, part in self.parts():
+            self.reset_part(name, part)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The parts that hold weights, by name, in the order in which these are drawn."""
+        for name, part in self.named_children():
+            if isinstance(part, nn.ModuleList):
+                yield from ((f"{name}.{index}", each) for index, each in enumerate(part))
+            else:
+                yield name, part
+
+    @torch.no_grad()
+    def reset_part(self, name: str, part: nn.Module) -> None:
+        """Random initial weights for one of `parts`."""
         init, writes = self.spec.init, _count_writes(self.spec)
         out_std = init.std / math.sqrt(writes) if init.depth_scaled else init.std
-        initialize(self, init.std, out_std)
+        initialize(part, init.std, out_std)
+        if self.spec.width_ratio != 1:
+            for own, parameter in part.named_parameters():
+                parameter.mul_(init_scale(role_of(f"{name}.{own}", parameter), self.spec.width_ratio))
 
 
 def _num_targets(targets: Tensor, context: Context) -> Tensor:
@@ -163,7 +189,7 @@ def build(
         dtype: of the weights; None: torch's default. Buffers (correction biases, routing counters) keep theirs.
         init: False leaves the weights as the memory was, for a caller who fills them.
     """
-    with torch.device("meta"):
+    with unfilled():
         model = Decoder(spec)
     if dtype is not None:
         cast_parameters(model, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +94,8 @@ def _extend(
     for past in range(prompt_len, prompt_len + num_new):
         with torch.no_grad():  # not around the yield, which would leave it to the caller
             if past == prompt_len:
-                logits = model.logits(model.hidden(tokens, _context(0, tokens, padding), states)[:, -1])
+                with _fast_products(model):
+                    logits = model.logits(model.hidden(tokens, _context(0, tokens, padding), states)[:, -1])
             else:
                 step = step or _one_token_step(model, states, prompt_len, num_new - 1, batch_size, padding)
                 logits = step(newest, _context(past - 1, newest[:, None], padding))
@@ -103,6 +105,15 @@ def _extend(
             ended |= torch.isin(newest, stops)
             if ended.all():
                 break
+
+
+def _fast_products(model: Decoder) -> AbstractContextManager[Any]:
+    """Around a prompt's pass: weights in bf16 are no burden for a processor that has no units for it."""
+    if model.embed.weight.dtype != torch.bfloat16 or model.decoding == "eager":
+        return nullcontext()
+    from zoo.decoding.wide import wide_products
+
+    return wide_products(model.embed.weight)
 
 
 Step = Callable[[Tensor, Context], Tensor]
@@ -120,7 +131,7 @@ def _one_token_step(
         if not isinstance(step, str):
             return step
         if model.decoding == "compiled":
-            raise ConfigError(f"decoding: found 'compiled'; not possible here: {step}; use auto or eager")
+            raise ConfigError(f"decode: found 'compiled'; not possible here: {step}; use auto or eager")
     return lambda newest, context: model.logits(model.hidden(newest[:, None], context, states)[:, -1])
 
 

@@ -56,3 +56,14 @@ def test_who_wants_gradients_or_has_many_tokens_goes_elsewhere() -> None:
         assert is_few(torch.randn(8, 32), experts.stacked)
         assert not is_few(torch.randn(9, 32), experts.stacked)
         assert not is_few(torch.randn(1, 32, dtype=torch.float64), experts.stacked)
+
+
+def test_experts_take_this_way_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, taken = Experts(32, 4, 16), []
+    monkeypatch.setattr("zoo.blocks.experts.few_experts", lambda *given: taken.append(1) or few_experts(*given))
+    x, scale, indices = torch.randn(3, 32), torch.rand(3, 2), torch.tensor([[0, 1], [3, 1], [2, 0]])
+    with torch.no_grad():
+        found = experts(x, scale, indices)
+        experts.backend = "loop"
+        torch.testing.assert_close(found, experts(x, scale, indices))
+    assert taken == [1]

@@ -167,7 +167,7 @@ def test_what_cannot_be_compiled_says_why() -> None:
     many, wide = small_model(), small_model(torch.float64)
     for model, rows, reason in ((many, 17, "at most 16 texts"), (wide, 1, "fp32 or bf16")):
         model.decoding = "compiled"
-        with pytest.raises(ConfigError, match=f"decoding: found 'compiled'; not possible here: .*{reason}"):
+        with pytest.raises(ConfigError, match=f"decode: found 'compiled'; not possible here: .*{reason}"):
             model.generate(tokens(rows, 3), 2)
         model.decoding = "auto"
         assert model.generate(tokens(rows, 3), 2).shape == (rows, 5)

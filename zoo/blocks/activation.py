@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.blocks.compiled_mixers import fits
+from zoo.blocks.compiled_trunk import SwiGLU
 from zoo.spec.mlp import ActivationSpec
 
 
@@ -24,9 +26,17 @@ def activate(spec: ActivationSpec, up: Tensor, gate: Tensor | None = None) -> Te
     """
     if gate is None:
         return _PLAIN[spec.activation](up)
+    if is_swiglu(spec, up, gate):
+        y: Tensor = SwiGLU.apply(gate, up)
+        return y
     if spec.activation in _PLAIN:
         return _PLAIN[spec.activation](gate) * up
     return _GATED[spec.activation](gate, up, spec.activation_limit or 0.0)
+
+
+def is_swiglu(spec: ActivationSpec, up: Tensor, gate: Tensor) -> bool:
+    """Whether a compiled kernel computes this."""
+    return spec.activation == "silu" and fits(gate, up)
 
 
 def _relu2(x: Tensor) -> Tensor:

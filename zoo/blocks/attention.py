@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 
 from zoo.blocks.base import Context, Linear, Mixer
 from zoo.blocks.cache import GrowingCache
+from zoo.blocks.compiled_trunk import CausalAttention, attention_fits
 from zoo.blocks.indexer import BlockIndexer
 from zoo.blocks.masks import visible_keys
 from zoo.blocks.norm import Norm
-from zoo.blocks.rope import depends_on_length, turn
+from zoo.blocks.rope import depends_on_length, rotary_tables, rotate, turn
+from zoo.blocks.sparing import sparing
 from zoo.spec.attention import AttentionSpec, QueryScaleSpec
 
 
@@ -62,6 +66,7 @@ class Attention(Mixer):
         """x [b, s, d_model]; the result has its shape. `state` comes from `new_state` and is continued in place."""
         context = context or Context.of(x)
         q, k, v = self._project(x)
+        raw = (q, k)
         q, k = self._place(q, context), k if self._keeps_raw_keys else self._place(k, context, is_key=True)
         q = (
             q
@@ -76,8 +81,12 @@ class Attention(Mixer):
         mask = visible_keys(context, q.shape[1], k.shape[1], self.spec.mask, self.spec.window)
         if self.indexer is not None and k.shape[1] > self.indexer.rests_until:
             mask = self.indexer.restrict(x, index_keys[0], mask, context, self.spec.num_heads)
-        q, k, v = (rearrange(part, "b s h k -> b h s k") for part in (q, k, v))
-        y = rearrange(self._attend(q, k, v, mask), "b h s k -> b s h k")
+        if mask is None and self.sink is None and self.spec.softcap is None and attention_fits(q, k, v, self.scale):
+            with self._spared(raw, (q, k), context):
+                y: Tensor = CausalAttention.apply(q, k, v, self.scale)
+        else:
+            q, k, v = (rearrange(part, "b s h k -> b h s k") for part in (q, k, v))
+            y = rearrange(self._attend(q, k, v, mask), "b h s k -> b s h k")
         if self.gate is not None:
             y = y * self._opening(self.gate(x)).unflatten(-1, (self.spec.num_heads, -1))
         return self.out(y.flatten(-2))
@@ -129,6 +138,22 @@ class Attention(Mixer):
         if per_head is not None and spec.qk_norm_after_rope:
             x = per_head(x) if spec.qk_norm == "head" else per_head(x.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return x
+
+    def _spared(
+        self, raw: tuple[Tensor, Tensor], placed: tuple[Tensor, Tensor], context: Context
+    ) -> AbstractContextManager[None]:
+        """Within, what keeps the placed queries and keys keeps nothing: their norms keep the raw ones in any case."""
+        spec, norms = self.spec, (self.q_norm, self.k_norm)
+        straight = spec.qk_norm == "head" and not spec.qk_norm_after_rope and spec.query_scale is None
+        if not (context.sparing and straight and torch.is_grad_enabled()) or spec.rope is None or self._keeps_raw_keys:
+            return nullcontext()
+        rope, tables = spec.rope, rotary_tables(spec.rope, spec.rope.rotary_dim(self.head_dim), context)
+
+        def make(norm: Any, given: Tensor) -> Callable[[], Tensor]:
+            return lambda: rotate(norm.forward(given), *tables, rope.layout, rope.arithmetic)
+
+        made = (make(norm, part.detach()) for norm, part in zip(norms, raw, strict=True))
+        return sparing(*zip(placed, made, strict=True))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [b, h, s, k], k [b, g, n, k], v [b, g, n, v], mask as `visible_keys` gives it; the result [b, h, s, v]."""

@@ -54,6 +54,8 @@ class Context:
     """Who holds the rest of the batch; None: nobody, all of it is here."""
     recomputing: bool = False
     """True while activations are computed a second time in a backward pass: then nothing is recorded or counted."""
+    sparing: bool = False
+    """Whether blocks may keep less for the backward pass than torch does (`zoo.blocks.sparing`)."""
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
@@ -158,6 +160,10 @@ class Linear(nn.Linear):
     def __init__(self, d_in: int, d_out: int, bias: bool = False, writes_residual: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
         self.writes_residual = writes_residual
+
+    def matrix(self) -> Tensor:
+        """W [out, in], for products that are taken elsewhere."""
+        return self.weight
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.weight, std=out_std if self.writes_residual else std)

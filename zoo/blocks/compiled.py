@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from zoo.blocks.grouped import ExpertWeights
 from zoo.native.library import is_loaded, library
 from zoo.spec.base import ConfigError
 from zoo.spec.mlp import ActivationSpec
+
+if TYPE_CHECKING:
+    from zoo.blocks.grouped import ExpertWeights
 
 _WHOLE = 16
 """Numbers in the widest vector register: widths are multiples."""
@@ -34,9 +36,18 @@ def fits(x: Tensor, weights: ExpertWeights, spec: ActivationSpec) -> bool:
     )
 
 
+_preferred = True
+
+
+def prefer(wanted: bool) -> None:
+    """Whether what is chosen automatically may be the compiled experts, in this process."""
+    global _preferred
+    _preferred = wanted
+
+
 def is_ready() -> bool:
     """Whether the kernels are compiled and loaded, and nobody watches what torch does (a trace, a counter of FLOPs)."""
-    return is_loaded() and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    return _preferred and not torch.compiler.is_compiling() and is_loaded() and not is_in_torch_dispatch_mode()
 
 
 class Sorted(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from zoo.blocks.base import Context
+from zoo.blocks.compiled_mixers import CompiledConv, fits
 
 ConvActivation = Literal["silu", "none"]
 
@@ -77,8 +78,8 @@ class CausalConv(nn.Module):
         return self._newest(joined) if x.shape[1] == 1 else self._convolve(joined, None)[:, self.width - 1 :]
 
     def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
-        activated = self.activation == "silu"
-        result: Tensor = _Convolution.apply(x, self.weight, self.bias, documents, activated)
+        compute = CompiledConv if fits(x, self.weight, self.bias) else _Convolution
+        result: Tensor = compute.apply(x, self.weight, self.bias, documents, self.activation == "silu")
         return result
 
     def _newest(self, x: Tensor) -> Tensor:

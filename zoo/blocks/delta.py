@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.autocast import without_autocast
 from zoo.blocks.base import Context, Linear, Mixer
+from zoo.blocks.compiled_mixers import CompiledGatedNorm, CompiledUnit, fits
 from zoo.blocks.conv import CausalConv, ConvState
 from zoo.blocks.delta_rule import delta_chunks, delta_step
 from zoo.spec.delta import DeltaSpec
@@ -104,21 +105,42 @@ class GatedDelta(Mixer):
         """The delta rule over queries, keys and values [b, s, 2 g k + h v]: [b, s, h, v], fp32 at least."""
         spec, wide = self.spec, log_decay.dtype
         qk_width = 2 * spec.qk_heads * spec.head_dim
-        qk = qkv[..., :qk_width].to(wide).unflatten(-1, (2 * spec.qk_heads, -1))
-        qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + L2_EPS)
-        q, k = qk[..., : spec.qk_heads, :] * spec.head_dim**-0.5, qk[..., spec.qk_heads :, :]
-        v = qkv[..., qk_width:].to(wide).unflatten(-1, (spec.num_heads, -1))
+        qk, v = qkv.to(wide).split((qk_width, qkv.shape[-1] - qk_width), -1)
+        q, k = self._unit(qk.unflatten(-1, (2 * spec.qk_heads, -1))).chunk(2, -2)
+        v = v.unflatten(-1, (spec.num_heads, -1))
         beta = beta.to(wide)
         if state is None:
-            return delta_chunks(q, k, v, log_decay, beta, None, documents, spec.chunk_size)[0]
+            return self.recur(q, k, v, log_decay, beta, None, documents)[0]
         if q.shape[1] == 1:
             q, k = (part[:, 0].repeat_interleave(spec.num_heads // spec.qk_heads, 1) for part in (q, k))
             y, memory = delta_step(q, k, v[:, 0], log_decay[:, 0], beta[:, 0], state.memory)
             state.memory = memory.detach()
             return y[:, None]
-        y, memory = delta_chunks(q, k, v, log_decay, beta, state.memory, None, spec.chunk_size)
+        y, memory = self.recur(q, k, v, log_decay, beta, state.memory, None)
         state.memory = memory.detach().clone()  # not a view that keeps the states of all chunks
         return y
+
+    def _unit(self, qk: Tensor) -> Tensor:
+        """Queries, then keys, [b, s, 2 g, k], divided by their lengths; queries scaled."""
+        scale = self.spec.head_dim**-0.5
+        if fits(qk):
+            found: Tensor = CompiledUnit.apply(qk, L2_EPS, self.spec.qk_heads, scale)
+            return found
+        q, k = (qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + L2_EPS)).chunk(2, -2)
+        return torch.cat((q * scale, k), -2)
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        start: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The delta rule over many tokens, as `zoo.blocks.delta_rule.delta_chunks` does it."""
+        return delta_chunks(q, k, v, log_decay, beta, start, documents, self.spec.chunk_size)
 
 
 class GatedNorm(nn.Module):
@@ -127,16 +149,20 @@ class GatedNorm(nn.Module):
     def __init__(self, width: int, spec: DeltaSpec, eps: float) -> None:
         super().__init__()
         self.eps, self.wide_weight = eps, spec.norm_weight == "fp32"
-        self.activation = F.silu if spec.gate_activation == "silu" else torch.sigmoid
+        self.sigmoid_gate = spec.gate_activation == "sigmoid"
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate [..., width]; the result has the shape and dtype of x. Computed in fp32 at least."""
+        if fits(x, gate, self.weight):
+            found: Tensor = CompiledGatedNorm.apply(x, gate, self.weight, self.eps, self.sigmoid_gate, True)
+            return found
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(wide if self.wide_weight else x.dtype)
         normed = F.rms_norm(x.to(wide), weight.shape, None, self.eps)
         normed = normed if self.wide_weight else normed.to(x.dtype)
-        return (normed * weight * self.activation(gate.to(wide))).to(x.dtype)
+        activation = torch.sigmoid if self.sigmoid_gate else F.silu
+        return (normed * weight * activation(gate.to(wide))).to(x.dtype)
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.ones_(self.weight)

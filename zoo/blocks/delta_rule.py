@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.blocks.compiled_mixers import CompiledDelta, fits
+
 
 def delta_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
@@ -63,6 +65,11 @@ def delta_chunks(
         chunk_size: a power of two.
     """
     batch_size, length, heads, v_dim = v.shape
+    if state is None:
+        state = v.new_zeros(batch_size, heads, k.shape[-1], v_dim)
+    if log_decay.shape[-1] == 1 and fits(v, q, k, log_decay, beta, state):
+        found: tuple[Tensor, Tensor] = CompiledDelta.apply(q, k, v, log_decay[..., 0], beta, state, documents)
+        return found
     size = min(chunk_size, 1 << (length - 1).bit_length())
     q, k, v, log_decay, beta = (_chunks(part, size) for part in (q, k, v, log_decay, beta[..., None]))
     if log_decay.shape[-1] > 1 and k.shape[2] < heads:
@@ -75,8 +82,6 @@ def delta_chunks(
     among_keys, among_queries = _pairs(q, k, log_decay, None if edges is None else edges.same)
     solved = _UnitInverse.apply(among_keys * beta) * beta.mT
     writes, reads = solved @ v, solved @ _shared(k, enter)
-    if state is None:
-        state = v.new_zeros(batch_size, heads, k.shape[-1], v_dim)
     new, before, last = _Scan.apply(writes, reads, _shared(k, leave), fade, state)
     y = _shared(q, enter) @ before + among_queries @ new
     return rearrange(y, "n b h c v -> b (n c) h v")[:, :length], last

@@ -12,6 +12,7 @@ from zoo.blocks import compiled
 from zoo.blocks.activation import activate
 from zoo.blocks.autocast import autocast_dtype
 from zoo.blocks.dispatch import Dispatch, combine, gather
+from zoo.blocks.few import few_experts, is_few
 from zoo.blocks.grouped import ExpertWeights, grouped_experts, split_hidden
 from zoo.spec.base import ConfigError, decode
 from zoo.spec.mlp import ActivationSpec
@@ -34,8 +35,8 @@ class Experts(nn.Module):
     """How the arithmetic is done; the results agree. `loop`: expert by expert in plain torch, the reference. `grouped`:
     one autograd function (`zoo.blocks.grouped`). `grouped_mm`: torch's kernel; it does not wait for the device and
     costs no Python per expert, but takes no fp64. `compiled`: a kernel of our own for gated silu experts in fp32 on a
-    CPU (`zoo.blocks.compiled`). `auto`: the fastest that fits; `compiled` only once its kernel is loaded, which
-    `zoo.tuning.tune` does."""
+    CPU (`zoo.blocks.compiled`). `auto`: the fastest that fits; `compiled`, and what a few tokens take instead without
+    gradients (`zoo.blocks.few`), only once the kernels are loaded, which `zoo.tuning.tune` does."""
 
     def __init__(
         self,
@@ -94,6 +95,8 @@ class Experts(nn.Module):
             [t, d] in the dtype of x, or in autocast's.
         """
         x = x.to(autocast_dtype(x))
+        if self.backend == "auto" and is_few(x, self.stacked):
+            return few_experts(x, weights, indices, self.stacked, self.spec)
         match self.backend_for(x, indices.numel()):
             case "loop":
                 return loop_experts(x, weights, indices, self.stacked, self.spec)

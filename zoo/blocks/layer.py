@@ -42,11 +42,9 @@ class Layer(nn.Module):
         """x [b, s, d]; the result has its shape. `state` is the mixer's, continued in place."""
         beside = None if self.beside is None else self.beside(self.beside_norm(x), context)  # type: ignore[misc]
         if self.mixer is not None:
-            y = x if self.mixer_norm is None else self.mixer_norm(x)
-            x = self._add(x, self.mixer(y, context, state), self.mixer_post_norm)
+            x = self._add(x, _branch(self.mixer_norm, self.mixer, x, context, state), self.mixer_post_norm)
         if self.ffn is not None:
-            y = x if self.ffn_norm is None else self.ffn_norm(x)
-            x = self._add(x, self.ffn(y, context), self.ffn_post_norm)
+            x = self._add(x, _branch(self.ffn_norm, self.ffn, x, context), self.ffn_post_norm)
         if beside is not None:
             x = self._add(x, beside, None)
         return x if self.scale is None else x * self.scale.to(x.dtype)
@@ -59,6 +57,17 @@ class Layer(nn.Module):
         if norm is not None:
             branch = norm(branch)
         return x + (branch if self.residual_scale == 1 else branch * self.residual_scale)
+
+
+def _branch(norm: Norm | None, block: Block, x: Tensor, context: Context, *state: Any) -> Tensor:
+    """The block of x after its norm, of which the backward pass keeps x alone."""
+    if norm is None:
+        result: Tensor = block(x, context, *state)
+        return result
+    y = norm(x)
+    with norm.spared(x, y, context.sparing):
+        result = block(y, context, *state)
+    return result
 
 
 class MTPBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.blocks.autocast import autocast_dtype, without_autocast
+from zoo.blocks.compiled_mixers import fits
+from zoo.blocks.compiled_trunk import cross_entropy_
 
 IGNORED = -100
 """The target that does not count."""
-CHUNK_NUMBERS = 2**23
-"""Logits that are in memory at a time: 32 MiB in fp32."""
+CHUNK_NUMBERS = 2**24
+"""Logits that are in memory at a time: 64 MiB in fp32."""
 
 
 def linear_cross_entropy(
@@ -29,7 +32,7 @@ def linear_cross_entropy(
     """The summed cross-entropy of the logits softcap * tanh(scale * (x W^T + bias) / softcap).
 
     Both gradients are made in the forward pass, chunk by chunk, so each chunk's logits are computed once; kept are the
-    gradients alone, as large as x and the weights.
+    gradients alone, as large as x and the weights. The backward pass hands them on, and can be taken once.
 
     Args:
         x: [t, d], the hidden states.
@@ -42,10 +45,16 @@ def linear_cross_entropy(
         A scalar, fp32 at least.
     """
     x = x.to(autocast_dtype(x))
-    settings = (scale, softcap, max(1, chunk_numbers // len(weight)), torch.is_grad_enabled())
+    settings = (scale, softcap, chunk_rows(len(x), len(weight), chunk_numbers), torch.is_grad_enabled())
     with without_autocast(x.device):
         result: Tensor = _LinearCrossEntropy.apply(x, weight, targets, bias, *settings)
     return result
+
+
+def chunk_rows(num_tokens: int, vocab_size: int, chunk_numbers: int = CHUNK_NUMBERS) -> int:
+    """Tokens of a chunk: as many as have room, and as many in each."""
+    most = max(1, chunk_numbers // vocab_size)
+    return max(1, math.ceil(num_tokens / math.ceil(num_tokens / most))) if num_tokens else 1
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,33 +79,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
         for start in range(0, len(x), chunk_len):
             rows = slice(start, start + chunk_len)
+            logits = grad = None  # gone before there are others
             logits = (x[rows] @ w.t()).to(wide)
             if b is not None:
                 logits += b
-            capped = shaped(logits, scale, softcap)
-            total += F.cross_entropy(capped, targets[rows], ignore_index=IGNORED, reduction="sum")
-            if not any(needs):
+            loss, grad = _loss_and_grad(logits, targets[rows], scale, softcap, any(needs))
+            total += loss
+            if grad is None:
                 continue
-            grad = _logit_grad(capped, targets[rows], scale, softcap)
             if bias_grad is not None:
                 bias_grad += grad.sum(0)
             grad = grad.to(x.dtype)
             if x_grad is not None:
                 torch.mm(grad, w, out=x_grad[rows])
-            if weight_grad is not None:
+            if weight_grad is not None and weight_grad.dtype == x.dtype:
+                torch.addmm(weight_grad, grad.t(), x[rows], out=weight_grad)  # in the form that FLOP counters know
+            elif weight_grad is not None:
                 weight_grad += grad.t() @ x[rows]
-        ctx.save_for_backward(x_grad, weight_grad, bias_grad)
+        # Scaled in place and given away: a weight's gradient is then the one that was made here.
+        ctx.grads = x_grad, weight_grad, bias_grad
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad, weight_grad, bias_grad = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy: the backward pass was taken before")
+        (x_grad, weight_grad, bias_grad), ctx.grads = ctx.grads, None
         weight_dtype, bias_dtype = ctx.dtypes
-        x_grad = None if x_grad is None else x_grad * grad.to(x_grad.dtype)
-        weight_grad = None if weight_grad is None else (weight_grad * grad).to(weight_dtype)
-        bias_grad = None if bias_grad is None else (bias_grad * grad).to(bias_dtype)
+        x_grad = None if x_grad is None else x_grad.mul_(grad.to(x_grad.dtype))
+        weight_grad = None if weight_grad is None else weight_grad.mul_(grad).to(weight_dtype)
+        bias_grad = None if bias_grad is None else bias_grad.mul_(grad).to(bias_dtype)
         return x_grad, weight_grad, None, bias_grad, None, None, None, None
 
 
@@ -107,13 +121,21 @@ def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _logit_grad(capped: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The gradient of the summed cross-entropy with respect to the logits before scale and softcap [t, v]."""
-    counts = targets != IGNORED
-    grad = capped.softmax(-1)
+def _loss_and_grad(
+    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed cross-entropy of logits [t, v] before scale and softcap, which are given away, and their gradient."""
+    if scale == 1 and softcap is None and with_grad and fits(logits):
+        return cross_entropy_(logits, targets).sum(), logits
+    capped = shaped(logits, scale, softcap)
+    log_probs = F.log_softmax(capped, -1)
+    loss = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
+    if not with_grad:
+        return loss, None
+    grad = log_probs.exp_()
     places = targets.clamp_min(0)[:, None]
     grad.scatter_add_(1, places, torch.full_like(places, -1, dtype=grad.dtype))
-    grad *= counts[:, None]
+    grad *= (targets != IGNORED)[:, None]
     if softcap is not None:
         grad *= 1 - (capped / softcap).square()
-    return grad if scale == 1 else grad * scale
+    return loss, grad if scale == 1 else grad.mul_(scale)

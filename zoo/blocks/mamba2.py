@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.blocks.autocast import without_autocast
 from zoo.blocks.base import Context, Linear, Mixer
+from zoo.blocks.compiled_mixers import CompiledGatedNorm, fits
 from zoo.blocks.conv import CausalConv, ConvState, zero_padding
 from zoo.blocks.ssd import ssd, ssd_step
 from zoo.spec.mamba2 import Mamba2Spec
@@ -102,10 +103,16 @@ class Mamba2(Mixer):
             y = ssd_step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state.memory)[:, None]
         else:
             start = None if state is None else state.memory
-            y, end = ssd(x, dt, a, b, c, spec.chunk_size, start, context.documents)
+            y, end = self.recur(x, dt, a, b, c, start, context.documents)
             if state is not None:
                 state.memory = end.detach()
         return y + x * self.skip.to(dt.dtype)[:, None]
+
+    def recur(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence over many tokens, as `zoo.blocks.ssd.ssd` does it."""
+        return ssd(x, dt, a, b, c, self.spec.chunk_size, start, documents)
 
 
 def start_steps(dt_bias: Tensor) -> None:
@@ -127,6 +134,10 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate [..., d_inner]; the result has the shape and dtype of x. Norm and gate are computed in fp32."""
+        if fits(x, gate, self.weight):
+            parts = (part.unflatten(-1, (self.num_spans, -1)) for part in (x, gate))
+            found: Tensor = CompiledGatedNorm.apply(*parts, self.weight, self.eps, False, self.before_gate)
+            return found.flatten(-2)
         opening = F.silu(gate.to(torch.float32))
         y = x.to(torch.float32)
         y = y if self.before_gate else y * opening

@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.blocks.attention import query_scale
 from zoo.blocks.base import Context, Linear, Mixer
 from zoo.blocks.cache import GrowingCache
+from zoo.blocks.compiled_trunk import CausalAttention, attention_fits
 from zoo.blocks.indexer import Indexer, causal
 from zoo.blocks.masks import visible_keys
 from zoo.blocks.norm import Norm
@@ -139,12 +140,15 @@ class MLA(Mixer):
             shared = repeat(shared, "b n k -> b n h k", h=heads)
             k = torch.cat((self.k(latent).unflatten(-1, (heads, -1)), shared), -1)
             v = self.v(latent).unflatten(-1, (heads, -1))
+            if mask is None and attention_fits(q, k, v, self.scale):
+                y: Tensor = CausalAttention.apply(q, k, v, self.scale)
+                return y
             q, k, v = (rearrange(part, "b s h k -> b h s k") for part in (q, k, v))
             causal = mask is None and q.shape[2] > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
             return rearrange(y, "b h s v -> b s h v")
         still, turned = q.split((spec.nope_head_dim, spec.rope_head_dim), -1)
-        k_weight, v_weight = (part.weight.unflatten(0, (heads, -1)).to(q.dtype) for part in (self.k, self.v))
+        k_weight, v_weight = (part.matrix().unflatten(0, (heads, -1)).to(q.dtype) for part in (self.k, self.v))
         absorbed = torch.cat((einsum(still, k_weight, "b s h k, h k r -> b s h r"), turned), -1)
         if mask is not None:
             mask = repeat(mask, "b 1 s n -> b 1 (s h) n", h=heads)

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.blocks.activation import activate
+from zoo.blocks.activation import activate, is_swiglu
 from zoo.blocks.base import Block, Context, Linear
+from zoo.blocks.compiled_trunk import swiglu
+from zoo.blocks.sparing import sparing
 from zoo.spec.mlp import MLPSpec
 
 
@@ -29,6 +31,10 @@ class MLP(Block):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x [..., d_model]; the result has its shape."""
-        del context
-        gate = self.gate(x) if self.gate is not None else None
-        return self.down(activate(self.spec, self.up(x), gate))
+        gate, up = self.gate(x) if self.gate is not None else None, self.up(x)
+        hidden = activate(self.spec, up, gate)
+        if gate is None or context is None or not context.sparing or not is_swiglu(self.spec, up, gate):
+            return self.down(hidden)
+        given = gate.detach(), up.detach()
+        with sparing((hidden, lambda: swiglu(*given))):
+            return self.down(hidden)

@@ -63,7 +63,7 @@ class MoE(Block):
             self._watch(routing, x.shape[-2] if x.ndim > 1 else 1, context)
         y = self._routed(tokens, routing)
         if self.shared is not None:
-            shared = self._shared(tokens, self.shared)
+            shared = self._shared(tokens, self.shared, context)
             wide = self.spec.combine == "fp32"
             y = (y.to(torch.float32) + shared.to(torch.float32)).to(y.dtype) if wide else y + shared
         return y.view(x.shape)
@@ -72,10 +72,11 @@ class MoE(Block):
     def update_bias(self) -> None:
         """Move the correction bias by one step towards the experts below the mean of `tokens_per_expert`.
 
-        Does nothing when `balance.bias_update_rate` is 0. With several processes, sum their counts before.
+        Does nothing when `balance.bias_update_rate` is 0 or the router is frozen. With several processes, sum their
+        counts before.
         """
         rate, bias, load = self.spec.balance.bias_update_rate, self.router.correction_bias, self.tokens_per_expert
-        if rate and bias is not None:
+        if rate and bias is not None and self.router.weight.requires_grad:
             below_mean = torch.sign(load.sum() - load * load.numel())  # in whole numbers, so that even is exactly even
             bias.add_(below_mean, alpha=rate)
 
@@ -94,8 +95,8 @@ class MoE(Block):
             y = self.latent_norm(y)
         return y if self.latent_up is None else self.latent_up(y)
 
-    def _shared(self, tokens: Tensor, shared: MLP) -> Tensor:
-        y: Tensor = shared(tokens)
+    def _shared(self, tokens: Tensor, shared: MLP, context: Context | None) -> Tensor:
+        y: Tensor = shared(tokens, context)
         return y if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * y
 
     def _watch(self, routing: Routing, seq_len: int, context: Context | None) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.blocks.compiled_mixers import fits
+from zoo.blocks.compiled_trunk import RMSNorm
+from zoo.blocks.sparing import sparing
 from zoo.spec.norm import NormSpec
 
 
@@ -34,6 +39,9 @@ class Norm(nn.Module):
             weight = None if weight is None else weight.to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.layer_norm(x, (self.width,), weight, bias, spec.eps)
+        if fits(x, weight):
+            y: Tensor = RMSNorm.apply(x, weight, spec.eps)
+            return y
         if x.dtype == torch.float32:
             return F.rms_norm(x, (self.width,), weight, spec.eps)
         wide = x.to(torch.float32)
@@ -43,6 +51,13 @@ class Norm(nn.Module):
         if spec.weight == "plain":
             return wide.to(x.dtype) * weight.to(x.dtype)
         return (wide * (weight if spec.weight == "wide" else weight.to(torch.float32))).to(x.dtype)
+
+    def spared(self, x: Tensor, y: Tensor, wanted: bool) -> AbstractContextManager[None]:
+        """Within, what keeps y, which is this norm of x, keeps nothing: it is made again from x, if it is `wanted`."""
+        if not wanted or self.spec.type != "rms" or not torch.is_grad_enabled() or not fits(x, y, self.weight):
+            return nullcontext()
+        given = x.detach()
+        return sparing((y, lambda: self.forward(given)))
 
     def init_weights(self, std: float, out_std: float) -> None:
         if self.weight is not None:

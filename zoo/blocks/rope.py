@@ -11,6 +11,8 @@ from torch import Tensor
 
 from zoo.blocks.autocast import without_autocast
 from zoo.blocks.base import Context
+from zoo.blocks.compiled_mixers import fits
+from zoo.blocks.compiled_trunk import Turn
 from zoo.spec.rope import (
     BandsScaling,
     DynamicScaling,
@@ -99,7 +101,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, arithmetic: str = "
     if arithmetic == "complex":
         return _rotate_complex(x, cos, sin)
     if arithmetic == "fp32" and x.dtype != torch.float32:
-        return rotate(x.to(torch.float32), cos, sin, layout).to(x.dtype)
+        # Never by the kernel, which rounds a product and a sum at once: few and many tokens must agree in x's dtype.
+        return _rotate_plainly(x.to(torch.float32), cos, sin, layout).to(x.dtype)
+    if fits(x, cos, sin):
+        y: Tensor = Turn.apply(x, cos, sin, layout != "half")
+        return y
+    return _rotate_plainly(x, cos, sin, layout)
+
+
+def _rotate_plainly(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     half = cos.shape[-1]
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     turning, still = x[..., : 2 * half], x[..., 2 * half :]

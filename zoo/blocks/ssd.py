@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.blocks.compiled_mixers import CompiledSSD, fits
+
 CACHED_ELEMENTS = 2**18
 """On a CPU, chunks are taken together up to this size of their matrices of decays: those then stay in the cache."""
 
@@ -39,7 +41,8 @@ def ssd(
         dt: [b, s, h], step sizes, in the dtype of the arithmetic.
         a: [h], rates of decay, below 0.
         b, c: [b, s, g, n], what writes to the state and what reads from it.
-        chunk_size: tokens of a chunk. Work and memory a token grow with it, the number of steps falls.
+        chunk_size: tokens of a chunk. Work and memory a token grow with it, the number of steps falls. The compiled
+            kernel, which fp32 on a CPU passes where it is loaded, has its own.
         start: [b, h, p, n], the state before the first token; None: zeros.
         documents: [b, s] int64; the state is zero at the start of each document.
 
@@ -48,7 +51,11 @@ def ssd(
     """
     if start is None:
         start = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[-1], dtype=dt.dtype)
-    result: tuple[Tensor, Tensor] = _SSD.apply(x, dt, a, b, c, start, documents, chunk_size)
+    result: tuple[Tensor, Tensor]
+    if fits(x, dt, a, b, c, start):
+        result = CompiledSSD.apply(x, dt, a, b, c, start, documents)
+    else:
+        result = _SSD.apply(x, dt, a, b, c, start, documents, chunk_size)
     return result
 
 

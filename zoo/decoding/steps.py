@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.blocks.adapted import Adapted
 from zoo.blocks.base import Context
 from zoo.blocks.rope import rotary_tables
 from zoo.native.calls import DTYPES, PassInfo, Program
@@ -103,7 +104,7 @@ def fit(module: nn.Module) -> bool:
     """Whether the kernels can read all numbers of `module`, and nothing else wants to know of its calls."""
     dtypes = set()
     for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks:
+        if part._forward_hooks or part._forward_pre_hooks or isinstance(part, Adapted):
             return False
         exact = getattr(part, "exact_parameters", ())
         for name, parameter in part.named_parameters(recurse=False):

@@ -5,12 +5,15 @@
 // give equal bits whatever the number of threads. Products follow Goto and van de Geijn (doi:10.1145/1356052.1356053):
 // both factors are packed into panels that stay in cache while a small tile of the result stays in registers.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread is all there is, and all that is asked for
+inline int omp_get_thread_num() { return 0; }
+#endif
 
 namespace {
 

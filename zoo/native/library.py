@@ -18,17 +18,21 @@ import torch
 
 from zoo.hardware.speed import cache_dir
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "experts.cpp", "ssd.cpp", "delta.cpp", "pointwise.cpp", "wide.cpp", "trunk.cpp")
+)
+HEADERS = (Path(__file__).with_name("tiles.h"),)
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
-_PATIENCE_S = 180
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_PATIENCE_S = 600
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had, and then the reason was written to the standard error.
 
-    They are kept as `native-*.so` in `cache_dir()`. Compiling takes about 10 s and is announced in one line.
+    They are kept as `native-*.so` in `cache_dir()`. Compiling takes about 20 s and is announced in one line.
     """
     try:
         compiler = _compiler()
@@ -59,21 +63,20 @@ def _compiler() -> str:
     raise OSError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or the one that CXX names)")
 
 
+def processor() -> str:
+    """What this machine's processor can do, for keys of what depends on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    about = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join((platform.platform(), *sorted(about)))
+
+
 def _key(compiler: str) -> str:
     """What the result depends on. A home directory may be shared by machines with different processors."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_PATIENCE_S, check=True).stdout
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    about = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    parts = (
-        *(source.read_bytes() for source in SOURCES),
-        version,
-        repr(FLAGS).encode(),
-        repr(sorted(set(about))).encode(),
-    )
-    return hashlib.sha256(b"\0".join((*parts, platform.platform().encode(), torch.__version__.encode()))).hexdigest()[
-        :16
-    ]
+    about = "\n".join((repr(FLAGS), processor(), torch.__version__)).encode()
+    parts = (*(source.read_bytes() for source in (*SOURCES, *HEADERS)), version, about)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _compile(compiler: str, path: Path) -> None:
