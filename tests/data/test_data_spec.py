@@ -123,7 +123,7 @@ def test_a_held_out_text_of_its_own() -> None:
         (
             MixtureData,
             {"sources": {"a": {"type": "mixture", "sources": {"b": STDLIB}}}},
-            r"^data\.sources\.a\.type: found 'mixture'; allowed: files, hf, stdlib",
+            r"^data\.sources\.a\.type: found 'mixture'; allowed: chat, files, hf, stdlib",
         ),
         (
             MixtureData,

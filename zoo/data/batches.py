@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ class Batches:
         tokens: A stream, or a one-dimensional array of any integer type.
         batch_size: Rows that one rank gets.
         seq_len: Tokens of a row.
+        first_sizes: Rows that one rank gets of the first batches, where these are smaller.
 
     Raises:
         ConfigError: fewer than `seq_len + 1` tokens.
@@ -54,11 +56,14 @@ class Batches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        first_sizes: Sequence[int] = (),
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}")
         self._tokens = Stream.of(tokens)
         self._batch_size = batch_size
+        self._first_sizes = tuple(first_sizes)
+        self._first_ends = list(accumulate(first_sizes, initial=0))
         self._seq_len = seq_len
         self._rank = rank
         self._world_size = world_size
@@ -70,23 +75,28 @@ class Batches:
         self._blocks: dict[int, _I64] = {}
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of this rank, int64 [batch_size, seq_len]; the target of a token is the next one.
+        """Inputs and targets of this rank, int64 [rows, seq_len]; the target of a token is the next one.
 
+        There are `batch_size` rows, or what `first_sizes` says of an early step.
         Targets that are not to be learned are IGNORED: what the text marks so, and the tokenizer's `begin`.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        first = (step * self._world_size + self._rank) * self._batch_size
-        return _inputs_and_targets(self._tokens, self._starts(first), self._seq_len)
+        early = step < len(self._first_sizes)
+        size = self._first_sizes[step] if early else self._batch_size
+        before = self._first_ends[min(step, len(self._first_sizes))]
+        before += 0 if early else (step - len(self._first_sizes)) * self._batch_size
+        first = before * self._world_size + self._rank * size
+        return _inputs_and_targets(self._tokens, self._starts(first, size), self._seq_len)
 
-    def _starts(self, first: int) -> _I64:
+    def _starts(self, first: int, size: int) -> _I64:
         """The first tokens of the rows of a batch. They are worked out in blocks: numpy is slow on a few numbers."""
-        end = first + self._batch_size
+        end = first + size
         numbers = range(first // _BLOCK, (end - 1) // _BLOCK + 1)
         self._blocks = {n: self._blocks[n] if n in self._blocks else self._block(n) for n in numbers}
         starts = np.concatenate(list(self._blocks.values()))
         at = first - numbers[0] * _BLOCK
-        return starts[at : at + self._batch_size]
+        return starts[at : at + size]
 
     def _block(self, number: int) -> _I64:
         rows = np.arange(_BLOCK * number, _BLOCK * (number + 1), dtype=np.uint64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from zoo.data.documents import START, Document, Flaw, Position, Side, Source, read_documents
-from zoo.data.formats import Part
+from zoo.data.formats import Markup, Part
 from zoo.data.progress import Progress
 from zoo.data.shards import SIDES, Extent, Facts, Shard, check_all, open_shard, write_shard
 from zoo.data.stream import Piece
@@ -167,6 +167,9 @@ class _Reading:
         if whole:
             return [(whole, document.parts)]
         if self._builder.cut:
+            if isinstance(document.parts[0][0], Markup):
+                advice = "give more of them, another data.seed, or data.heldout_paths"
+                raise ConfigError(f"data: found too few conversations to hold some of them out; {advice}")
             *before, (text, learned) = document.parts
             at = cut_place(bytes(text), data.heldout_fraction)
             ends: list[tuple[Side, memoryview]] = [("train", memoryview(text)[:at]), ("heldout", memoryview(text)[at:])]
@@ -221,6 +224,7 @@ class _Filling:
             self._batch_bytes += len(text)
             self._bytes[side] += len(text) * learned
         self._documents[side] += 1
+        self._bytes[side] += parts[-1][1]  # the separator, where it is learned
         self._batch.append((side, parts))
         if self._batch_bytes < _BATCH_BYTES:
             return False
@@ -265,5 +269,4 @@ class _Filling:
         learned = piece.tokens if piece.learned is None else piece.tokens[piece.learned == 1]
         # A first token of its own is no target.
         begins = 0 if self._tokenizer.begin is None else np.count_nonzero(learned == self._tokenizer.begin)
-        num_documents = self._documents[side]
-        return Extent(num_documents, self._bytes[side] + num_documents, len(learned) - int(begins))
+        return Extent(self._documents[side], self._bytes[side], len(learned) - int(begins))

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.data import hub
+from zoo.data.chat import load_template
 from zoo.data.documents import Source
 from zoo.data.shards import FORMAT
 from zoo.data.tokenizer import tokenizer_file
 from zoo.spec.base import ConfigError
-from zoo.spec.data import FileTokenizer, HFData, SplitSpec, TokenizerSpec
+from zoo.spec.data import ChatData, FileTokenizer, HFData, SplitSpec, TokenizerSpec
 
 FACTS, SKIPPED = "corpus.json", "skipped.txt"
 _LOCK = ".lock"
@@ -41,6 +42,8 @@ def key_of(data: SplitSpec, tokenizer: TokenizerSpec, sources: list[Source]) -> 
         except OSError as error:
             raise ConfigError(f"data: found '{error.filename}'; cannot be read: {error}") from error
         key += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    if isinstance(data, ChatData):
+        key.append(load_template(data.template).text)
     if isinstance(tokenizer, FileTokenizer):
         key.append(hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest())
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

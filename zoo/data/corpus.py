@@ -15,7 +15,7 @@ from zoo.data.shards import SIDES, Extent, Shard, open_shard
 from zoo.data.stream import Stream
 from zoo.data.tokenizer import load_tokenizer
 from zoo.spec.base import ConfigError
-from zoo.spec.data import DataSpec, FilesData, HFData, MixtureData, SplitSpec, TokenizerSpec
+from zoo.spec.data import DataSpec, HFData, MixtureData, PathsSpec, SplitSpec, TokenizerSpec
 
 _HASHED_AT_ONCE = 1 << 22
 
@@ -183,7 +183,7 @@ def _hash(*sides: Stream) -> str:
 
 def _describe(builder: Builder, train: Extent, heldout: Extent) -> str:
     data, noun = builder.data, "document"
-    if isinstance(data, FilesData):
+    if isinstance(data, PathsSpec):
         name = " ".join(data.paths)
     elif isinstance(data, HFData):
         name = f"{data.path} {data.split}"

@@ -8,14 +8,16 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from zoo.data import hub
-from zoo.data.formats import Part, Record, read_file
+from zoo.data.chat import conversation, load_template
+from zoo.data.formats import Part, Record, read_file, read_rows
 from zoo.data.paths import library_files, matching_files
 from zoo.spec.base import ConfigError
-from zoo.spec.data import DataSpec, FilesData, HFData, MixtureData, RecordsSpec, SplitSpec, StdlibData
+from zoo.spec.data import ChatData, DataSpec, HFData, MixtureData, PathsSpec, RecordsSpec, SplitSpec, StdlibData
 
 Side = Literal["train", "heldout"]
 _DECODED_AT_ONCE = 1 << 20
@@ -95,7 +97,7 @@ def find_sources(data: DataSpec) -> list[Source]:
     if isinstance(data, StdlibData):
         root = Path(sysconfig.get_path("stdlib"))
         return [Source(path.relative_to(root).as_posix(), path) for path in library_files(root)]
-    if isinstance(data, FilesData):
+    if isinstance(data, PathsSpec):
         return _file_sources(data)
     if isinstance(data, HFData):
         splits: list[tuple[str, Side | None]] = [(data.split, None)]
@@ -128,7 +130,7 @@ def read_documents(data: SplitSpec, sources: list[Source], start: Position = STA
             raise ConfigError(f"data: found '{source.path}'; cannot be read: {error}") from error
 
 
-def _file_sources(data: FilesData) -> list[Source]:
+def _file_sources(data: PathsSpec) -> list[Source]:
     train = matching_files(data.paths, "data.paths")
     if not data.heldout_paths:
         return [Source(path.as_posix(), path) for path in train]
@@ -144,6 +146,9 @@ def _read(data: SplitSpec, source: Source, skip: int) -> Iterator[Record]:
     if isinstance(data, StdlibData):
         return iter([] if skip else [(0, source.path.stat().st_size, ((source.path.read_bytes(), True),))])
     assert isinstance(data, RecordsSpec)
+    if isinstance(data, ChatData):
+        make = partial(conversation, key=data.text_key, template=load_template(data.template))
+        return read_rows(source.path, make, skip)
     keys = (data.text_key,) if data.prompt_key is None else (data.prompt_key, data.text_key)
     if isinstance(data, HFData):
         return hub.read(data, source.name, keys, skip)
@@ -158,7 +163,7 @@ def _where(data: SplitSpec, source: Source, number: int) -> str:
     if isinstance(data, HFData):
         return f"{data.path} {source.name}:{number + 1}"
     suffixes = {suffix.lower() for suffix in source.path.suffixes[-2:]}
-    rows = isinstance(data, FilesData) and suffixes & {".jsonl", ".parquet", ".arrow", ".feather"}
+    rows = isinstance(data, PathsSpec) and suffixes & {".jsonl", ".parquet", ".arrow", ".feather"}
     return f"{source.name}:{number + 1}" if rows else source.name
 
 

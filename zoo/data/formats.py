@@ -6,12 +6,18 @@ import codecs
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from zoo.spec.base import ConfigError, near
+
+
+class Markup(bytes):
+    """Text that a chat template wrote: what looks like a special token in it is one."""
+
 
 Part = tuple[bytes | memoryview, bool]
 """A piece of a document in UTF-8, and whether it is learned or only read."""
@@ -24,6 +30,7 @@ MAX_DOCUMENT_BYTES = 1 << 30
 """A longer line or text is refused: it is in memory as a whole, and a small packed file may unpack to any length."""
 TABLES = (".parquet", ".arrow", ".feather")
 _ROWS = 256
+_PIECE_BYTES = 16 << 20
 
 
 def read_file(path: Path, keys: tuple[str, ...], skip: int = 0) -> Iterator[Record]:
@@ -44,23 +51,43 @@ def read_file(path: Path, keys: tuple[str, ...], skip: int = 0) -> Iterator[Reco
     packing = suffixes.pop() if suffixes[-1:] in ([".gz"], [".zst"]) else ""
     with open(path, "rb") as raw, _unpacked(raw, path, packing) as stream:
         if suffixes[-1:] == [".jsonl"]:
-            yield from _read_lines(raw, stream, keys, skip)
+            yield from _read_lines(raw, stream, partial(parts_of, keys=keys), skip)
         elif not skip:
-            text = stream.read(MAX_DOCUMENT_BYTES + 1)
+            text = _read_text(stream)
             yield 0, raw.tell(), _too_long(text) or ((text, True),)
+
+
+def _read_text(stream: IO[bytes] | gzip.GzipFile) -> bytes:
+    """All of a stream, or a little more than a document may have; one read of so many bytes would reserve them."""
+    pieces, room = [], MAX_DOCUMENT_BYTES + 1
+    while room > 0 and (piece := stream.read(min(room, _PIECE_BYTES))):
+        pieces.append(piece)
+        room -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_rows(path: Path, make: Callable[[Any], Found], skip: int = 0) -> Iterator[Record]:
+    """The records of a file of JSON lines, packed or not, each what `make` makes of it.
+
+    Raises:
+        ConfigError: a library is missing. OSError: cannot be read. EOFError, zlib.error: the packing is damaged.
+    """
+    packing = path.suffix.lower()
+    with open(path, "rb") as raw, _unpacked(raw, path, packing if packing in (".gz", ".zst") else "") as stream:
+        yield from _read_lines(raw, stream, make, skip)
 
 
 def parts_of(row: Any, keys: tuple[str, ...], setting: str = "key") -> Found:
     """The document of a row {key: text}: its text, after a prompt if there are two keys."""
     if not isinstance(row, dict):
-        return f"an object with the key {keys[-1]!r} is needed, not {_json_type(row)}"
+        return f"an object with the key {keys[-1]!r} is needed, not {json_type(row)}"
     parts: list[Part] = []
     for place, key in enumerate(reversed(keys)):
         if key not in row:
             which = "data.prompt_key" if place else "data.text_key"
             return f"no {setting} {key!r}; {setting}s: {', '.join(list(row)[:8]) or 'none'}; set {which}"
         if not isinstance(row[key], str):
-            return f"{key!r} must be a string, not {_json_type(row[key])}"
+            return f"{key!r} must be a string, not {json_type(row[key])}"
         try:
             parts.insert(0, (row[key].encode("utf-8"), not place))
         except UnicodeEncodeError as error:  # half of a surrogate pair
@@ -82,7 +109,7 @@ def _unpacked(raw: IO[bytes], path: Path, packing: str) -> Iterator[IO[bytes] | 
 
 
 def _read_lines(
-    raw: IO[bytes], stream: IO[bytes] | gzip.GzipFile, keys: tuple[str, ...], skip: int
+    raw: IO[bytes], stream: IO[bytes] | gzip.GzipFile, make: Callable[[Any], Found], skip: int
 ) -> Iterator[Record]:
     """Lines by their number; empty ones count, and are no documents."""
     number = -1
@@ -94,24 +121,25 @@ def _read_lines(
         while reason and line and not line.endswith(b"\n"):
             line = stream.readline(MAX_DOCUMENT_BYTES)
         if number >= skip and not line.isspace():
-            yield number, raw.tell(), reason or _parts_of_line(line, keys)
+            yield number, raw.tell(), reason or _parts_of_line(line, make)
 
 
 def _too_long(text: bytes) -> str:
     return f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB" if len(text) > MAX_DOCUMENT_BYTES else ""
 
 
-def _parts_of_line(line: bytes, keys: tuple[str, ...]) -> Found:
+def _parts_of_line(line: bytes, make: Callable[[Any], Found]) -> Found:
     try:
         row = json.loads(line.rstrip().decode())
     except json.JSONDecodeError as error:
         return f"not JSON at column {error.colno}: {error.msg.removesuffix(' at')}"
     except (ValueError, RecursionError) as error:
         return f"not JSON in UTF-8: {error}"
-    return parts_of(row, keys)
+    return make(row)
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What a value of JSON is, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

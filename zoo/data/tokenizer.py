@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from zoo.data.formats import Part
+from zoo.data.formats import Markup, Part
 from zoo.data.paths import what_is_there
 from zoo.spec.base import ConfigError, near
 from zoo.spec.data import BytesTokenizer, FileTokenizer, TokenizerSpec
@@ -89,7 +90,8 @@ class _Bytes:
         return bytes(ids).decode("utf-8", errors="replace")
 
     def encode_documents(self, documents: Sequence[tuple[Part, ...]]) -> Encoded:
-        texts, counts, learned = _flat([[*parts, (b"\0", True)] for parts in documents])
+        # Of a conversation the end is not learned: what the template writes last is what ends an answer.
+        texts, counts, learned = _flat([[*parts, (b"\0", parts[-1][1])] for parts in documents])
         tokens: Tokens = np.frombuffer(b"".join(texts), dtype=self.dtype)
         return _encoded(tokens, [len(text) for text in texts], counts, learned)
 
@@ -117,6 +119,8 @@ class _FromFile:
         return text
 
     def encode_documents(self, documents: Sequence[tuple[Part, ...]]) -> Encoded:
+        if documents and isinstance(documents[0][0][0], Markup):
+            return self._encode_conversations(documents)
         pieces, counts, learned = _flat(
             [[(piece, learn) for text, learn in parts for piece in _pieces(str(text, "utf-8"))] for parts in documents]
         )
@@ -135,6 +139,39 @@ class _FromFile:
                 lengths.append(len(ids) - before)
                 before = len(ids)
         return _encoded(np.array(ids, dtype=self.dtype), lengths, counts, learned)
+
+    def encode_conversation(self, parts: tuple[Part, ...]) -> tuple[list[int], list[bool]]:
+        """The tokens of what a chat template wrote, as transformers has them, and which of them are learned.
+
+        It is tokenized as a whole, special tokens understood. A token belongs to the part in which it begins.
+        """
+        texts = [str(text, "utf-8") for text, _ in parts]
+        with _explained(f"tokenizer.path: found '{self._path}'; cannot encode this text"):
+            found = self._understanding.encode("".join(texts), add_special_tokens=False)
+        ends = np.cumsum([len(text) for text in texts])
+        places = np.searchsorted(ends, [start for start, _ in found.offsets], side="right")
+        return found.ids, [parts[min(place, len(parts) - 1)][1] for place in places.tolist()]
+
+    @cached_property
+    def _understanding(self) -> Any:
+        """The same tokenizer, to which the special tokens in a text are what they look like."""
+        found = _read(self._path)
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    def _encode_conversations(self, documents: Sequence[tuple[Part, ...]]) -> Encoded:
+        """Conversations with their separators, which are not learned: the template says what ends an answer."""
+        tokens: list[int] = []
+        mask: list[bool] = []
+        lengths = []
+        for parts in documents:
+            ids, learned = self.encode_conversation(parts)
+            begins = [] if self.begin is None or ids[:1] == [self.begin] else [self.begin]
+            tokens += [*begins, *ids, self.separator]
+            mask += [*(False for _ in begins), *learned, False]
+            lengths.append(len(begins) + len(ids) + 1)
+        return Encoded(np.array(tokens, self.dtype), np.array(lengths, np.int64), np.array(mask, np.uint8))
 
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from zoo.hf.tensors import StoredTensors, pickled_error, read_json
 from zoo.hf.weights import Shape, Stored
 from zoo.spec.base import ConfigError, decode
 from zoo.spec.model import ModelSpec
-from zoo.train.rundir import STATE, find_checkpoints, newest_checkpoint
+from zoo.train.rundir import STATE, TENSORS, find_checkpoints, newest_checkpoint
 
 CONFIG = "config.json"
 RUN_CHECKPOINTS = "checkpoints"
@@ -39,6 +39,27 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+
+
+class PiecedTensors:
+    """The tensors of a checkpoint that several processes have written, each put together when it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            ConfigError: the index is unsound.
+        """
+        from zoo.parallel.storage import Reader
+
+        self._reader = Reader(directory)
+        index = {name: entry for name, entry in self._reader.index.items() if "/" not in name}  # no optimizer states
+        self.shapes: dict[str, Shape] = {name: entry.shape for name, entry in index.items()}
+        self.dtypes = {name: entry.dtype for name, entry in index.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        with self._reader as reader:
+            return reader.read(name)
 
 
 @dataclass(frozen=True)
@@ -180,7 +201,14 @@ def _open_zoo(directory: Path) -> Source:
     if not isinstance(settings, Mapping) or "model" not in settings:
         raise ConfigError(f"{directory / STATE}: settings.model is missing; it describes the weights")
     spec = decode(ModelSpec, settings["model"], "settings.model")
-    return Source(directory, "zoo checkpoint", spec, StoredTensors(directory), None, settings, STATE)
+    tensors: Tensors = PiecedTensors(directory) if (directory / TENSORS).is_file() else StoredTensors(directory)
+    start = settings.get("finetune")
+    if not isinstance(start, Mapping) or start.get("type") != "lora":
+        return Source(directory, "zoo checkpoint", spec, tensors, None, settings, STATE)
+    from zoo.adapt.merged import on_base
+
+    tensors = on_base(settings, tensors)
+    return Source(directory, f"adapters on {start.get('path')}", spec, tensors, None, settings, STATE)
 
 
 def shapes_of(model: Decoder) -> dict[str, Shape]:

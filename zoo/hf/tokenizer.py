@@ -40,7 +40,14 @@ class Text(Protocol):
     def ends(self) -> Collection[int]:
         """Tokens that end a text."""
 
+    @property
+    def start(self) -> int | None:
+        """The token that stands before a text where nothing else does; None: there is none."""
+
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The tokens of the text alone, without what a prompt begins with."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -75,6 +82,21 @@ def text_of(source: Source, tokenizer: str | None = None) -> Text:
     return _OfLibrary(_read(source.path / TOKENIZER), _ends(source))
 
 
+def end_of_text(source: Source) -> str:
+    """How the token is written that ends a text of a Hugging Face checkpoint.
+
+    Raises:
+        ConfigError: nothing says which it is.
+    """
+    read = _read(source.path / TOKENIZER)
+    written = [read.id_to_token(token) for token in sorted(_ends(source))]
+    found = next((text for text in written if text is not None), None)
+    if found is None:
+        advice = "name the token that ends a document: tokenizer.separator=..."
+        raise ConfigError(f"tokenizer: nothing in {source.path} says how a text ends; {advice}")
+    return str(found)
+
+
 def write_tokenizer(source: Source, directory: Path) -> list[str]:
     """Copy the tokenizer of a checkpoint and what it says about generation; what a person should know about it."""
     if source.path.is_file():
@@ -87,12 +109,20 @@ def write_tokenizer(source: Source, directory: Path) -> list[str]:
     if isinstance(spec, BytesTokenizer):
         return ["the model reads bytes, for which there is no tokenizer file: tokenizer=bytes"]
     if isinstance(spec, FileTokenizer):
-        shutil.copyfile(tokenizer_file(spec), directory / TOKENIZER)
+        file = tokenizer_file(spec)
+        _copy_beside(file.parent, directory)  # a run that started from a checkpoint writes text as that does
+        shutil.copyfile(file, directory / TOKENIZER)
         return []
-    found = [name for name in TOKENIZER_FILES if (source.path / name).is_file()]
-    for name in found:
-        shutil.copyfile(source.path / name, directory / name)
+    found = _copy_beside(source.path, directory)
     return [] if TOKENIZER in found else [f"the source holds no {TOKENIZER}"]
+
+
+def _copy_beside(place: Path, directory: Path) -> list[str]:
+    """Copy what belongs to a tokenizer; the names of the files that were found."""
+    found = [name for name in TOKENIZER_FILES if (place / name).is_file()]
+    for name in found:
+        shutil.copyfile(place / name, directory / name)
+    return found
 
 
 def _of_run(source: Source) -> TokenizerSpec | None:
@@ -147,8 +177,16 @@ class _OfRun:
         self._tokenizer = load_tokenizer(spec)
         self.ends = frozenset([self._tokenizer.separator])
 
+    @property
+    def start(self) -> int | None:
+        begin = self._tokenizer.begin
+        return self._tokenizer.separator if begin is None else begin
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text) or [self._tokenizer.separator]
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         # A model may know more tokens than its tokenizer: their rows were never trained.
@@ -166,6 +204,15 @@ class _OfLibrary:
         self._tokenizer, self.ends = tokenizer, ends
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
+    @property
+    def start(self) -> int | None:
+        begin: list[int] = self._tokenizer.encode("").ids
+        return begin[0] if begin else min(self.ends, default=None)
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids

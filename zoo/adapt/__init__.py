@@ -1,0 +1,1 @@
+"""Fine-tuning: models from checkpoints, frozen weights, adapters of low rank."""
