@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SECONDS = 600
 """After which a case counts as hung."""
@@ -73,28 +73,35 @@ class Pool:
 
 
 def _serve(connection: Connection) -> None:
+    """Each case has a process of its own: what a process group leaves behind, threads above all, ends with it."""
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            _work(connection, *task)
+        _, status = os.waitpid(child, 0)
+        if status:
+            connection.send((False, "its process has died"))
+            return
+
+
+def _work(
+    connection: Connection, store: str, rank: int, processes: int, function: Callable[..., Any], args: Any, kwargs: Any
+) -> NoReturn:
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor._redistribute import _gen_transform_infos
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     # Whole gradients are put together by several collectives: slow, and only done here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    while True:
-        try:
-            store, rank, processes, function, args, kwargs = connection.recv()
-        except EOFError:
-            return
-        try:
-            dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
-            answer = True, function(*args, **kwargs)
-            dist.destroy_process_group()
-            # They hold meshes, which equal those of the next case but whose groups are gone.
-            _clear_sharding_prop_cache()
-            _gen_transform_infos.cache_clear()
-        except Exception:
-            answer = False, traceback.format_exc()
-        connection.send(answer)
-        if not answer[0]:
-            return
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
+        answer = True, function(*args, **kwargs)
+        dist.destroy_process_group()
+    except Exception:
+        answer = False, traceback.format_exc()
+    connection.send(answer)
+    os._exit(0)

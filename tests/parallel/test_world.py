@@ -67,8 +67,7 @@ def test_rows_that_cannot_be_cut_are_refused(length: int, padded: bool, reason: 
 ATTENTION = {"type": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 REFUSED: list[tuple[dict[str, Any], Layout, str]] = [
     ({}, Layout(dp=3), "layout: found dp3, which is for 3 processes; there are 2"),
-    ({}, Layout(pp=2), "layout.pp: found 2; pipelines cannot be run yet"),
-    ({}, Layout(cp=2), "layout.cp: found 2; sequences are not cut"),
+    ({"layers": "dense"}, Layout(pp=2, vp=2), "pp * vp, 2 * 2, must not exceed the 1 layers, embedding and head"),
     ({}, Layout(dp=2, ep=4), "their product must divide dp * cp * tp, 2"),
     ({"attention": {**ATTENTION, "qk_norm": "full"}}, Layout(tp=2), "qk_norm full, which is taken over all heads"),
     ({"attention": {**ATTENTION, "num_heads": 3, "num_kv_heads": 3}}, Layout(tp=2), "tp 2 must divide the 1 heads"),

@@ -6,6 +6,9 @@ and the gradients travel back in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,20 @@ from zoo.blocks.dispatch import Dispatch, combine, gather
 from zoo.blocks.experts import Experts
 from zoo.parallel.cuts import Cut, cut_parameters, own_parameters
 from zoo.parallel.mesh import waited
+
+Loads = Callable[[int, int], tuple[list[int], list[int]]]
+"""From the rows of a process and the number of processes along `ep`: the rows to each of them, and from each."""
+_PLANNED: ContextVar[Loads | None] = ContextVar("planned_loads", default=None)
+
+
+@contextmanager
+def planned_loads(loads: Loads) -> Iterator[None]:
+    """Within, as many rows travel as `loads` says, whatever the tokens choose: for tensors that hold no values."""
+    token = _PLANNED.set(loads)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
 
 
 def spread_experts(experts: Experts, mesh: DeviceMesh) -> None:
@@ -77,6 +94,8 @@ class _Route(NamedTuple):
         """Exchange counts. Waits for the device, which is how the sizes of what follows are known."""
         counts = dispatch.ends.to(torch.int64).diff(prepend=dispatch.ends.new_zeros(1, dtype=torch.int64))
         arriving = waited(funcol.all_to_all_single(counts, None, None, ep)).view(ep.size(), -1)
+        if (loads := _PLANNED.get()) is not None:
+            return cls(ep, *loads(dispatch.order.numel(), ep.size()), arriving)
         sent, received = torch.stack((counts.view(ep.size(), -1).sum(1), arriving.sum(1))).tolist()
         return cls(ep, sent, received, arriving)
 
@@ -109,7 +128,8 @@ class _Shared(NamedTuple):
         if mesh.ndim == 1:
             return cls(None, [len(experts)], experts)
         etp = mesh["etp"]
-        sizes = waited(funcol.all_gather_single(experts.new_tensor([len(experts)]), 0, etp)).tolist()
+        arriving = waited(funcol.all_gather_single(experts.new_tensor([len(experts)]), 0, etp))
+        sizes = arriving.tolist() if _PLANNED.get() is None else [len(experts)] * etp.size()
         return cls(etp, sizes, _exchange(experts.repeat(etp.size()), sizes, [len(experts)] * etp.size(), etp))
 
     def spread(self, rows: Tensor) -> Tensor:

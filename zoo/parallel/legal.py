@@ -17,27 +17,26 @@ def check(model: Decoder, layout: Layout) -> None:
     Raises:
         ConfigError: one line for each reason.
     """
-    check_plan(model.spec, Points.of([layout], seq_len=2 * layout.cp, global_batch=layout.dp))
-    lines = []
-    if layout.pp > 1:
-        lines.append(f"layout.pp: found {layout.pp}; pipelines cannot be run yet: set it to 1")
-    if layout.cp > 1:
-        lines.append(f"layout.cp: found {layout.cp}; sequences are not cut among processes yet: set it to 1")
+    points = Points.of([layout], seq_len=2 * layout.cp, global_batch=layout.dp)
+    check_plan(model.spec, points, uneven_stages=True)
     if layout.etp > 1 and not model.moe_layers():
-        lines.append(f"layout.etp: found {layout.etp}; the model has no experts: set it to 1")
-    if lines:
-        raise ConfigError("\n".join(lines))
+        raise ConfigError(f"layout.etp: found {layout.etp}; the model has no experts: set it to 1")
 
 
 def check_rows(tokens: Tensor, context: Context, layout: Layout) -> None:
-    """Refuse rows [b, s] that cannot be cut along tp.
+    """Refuse rows [b, s] that cannot be cut along tp and cp.
 
     Raises:
         ConfigError: their length does not go with it, or they have padding.
     """
-    if layout.tp == 1:
-        return
-    if tokens.shape[1] % layout.tp:
-        raise ConfigError(f"train.seq_len: found {tokens.shape[1]}; layout.tp, {layout.tp}, must divide it")
-    if context.padding is not None:
-        raise ConfigError(f"layout.tp: found {layout.tp}; rows with padding are not cut: set it to 1, or pack the rows")
+    tp, cp = layout.tp, layout.cp
+    if cp > 1 and tokens.shape[1] % (2 * cp):
+        raise ConfigError(f"train.seq_len: found {tokens.shape[1]}; twice layout.cp, {2 * cp}, must divide it")
+    if tokens.shape[1] % (tp * cp):
+        product = f"layout.tp, {tp}," if cp == 1 else f"layout.tp * layout.cp, {tp * cp},"
+        raise ConfigError(f"train.seq_len: found {tokens.shape[1]}; {product} must divide it")
+    for name, degree in (("tp", tp), ("cp", cp)):
+        if degree > 1 and context.padding is not None:
+            raise ConfigError(
+                f"layout.{name}: found {degree}; rows with padding are not cut: set it to 1, or pack the rows"
+            )

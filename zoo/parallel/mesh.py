@@ -16,19 +16,22 @@ from zoo.spec.base import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, once as the dense parts of a model see them and once as the experts do.
+    """All processes of a run: as the dense parts of a model see them, as the experts do, and by their tokens.
 
-    Neighbours differ in the last axis. Both meshes hold the same processes, so the axes of the experts cut across those
+    Neighbours differ in the last axis. All meshes hold the same processes, so the axes of the experts cut across those
     of the dense parts: the processes that share the experts of a layer may differ in their rows, or in their place
     along `tp`.
     """
 
     layout: Layout
     dense: DeviceMesh
-    """[pp, replicate, shard, tp]. The processes along `replicate` and `shard` have different rows; along `shard` they
+    """[pp, replicate, shard, tp]. The processes along `replicate` and `shard` have different tokens; along `shard` they
     share the weights, or, with `layout.shard` of 1, only the gradients and the optimizer's states."""
     experts: DeviceMesh
     """[pp, replicate, shard, ep, etp]."""
+    tokens: DeviceMesh
+    """[pp, dp, cp, tp]. The processes along `dp` have different rows, those along `cp` other tokens of the same rows;
+    along `tp` they share their tokens, and along `pp` the layers that these pass."""
 
     @classmethod
     def of(cls, layout: Layout, device_type: str = "cpu") -> World:
@@ -59,6 +62,9 @@ class World:
             layout,
             init_device_mesh(device_type, dense, mesh_dim_names=("pp", "replicate", "shard", "tp")),
             init_device_mesh(device_type, experts, mesh_dim_names=("pp", "replicate", "shard", "ep", "etp")),
+            init_device_mesh(
+                device_type, (layout.pp, layout.dp, layout.cp, layout.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
+            ),
         )
 
     @property
@@ -66,17 +72,36 @@ class World:
         """Along tp."""
         return self.dense["tp"]
 
+    @property
+    def cp(self) -> DeviceMesh:
+        """Along cp."""
+        return self.tokens["cp"]
+
+    @property
+    def pp(self) -> DeviceMesh:
+        """Along pp."""
+        return self.tokens["pp"]
+
+    @property
+    def rows_index(self) -> int:
+        """Which of the `layout.dp` parts of a batch's rows this process works on."""
+        return self.tokens.get_local_rank("dp")
+
     def sum_within_rows(self, counts: Tensor) -> Tensor:
         """The sum over the processes that hold other tokens of the same rows (`zoo.blocks.base.Peers`)."""
-        return summed(counts, self.dense, ("tp",))
+        return summed(counts, self.tokens, ("cp", "tp"))
 
     def sum_over_rows(self, counts: Tensor) -> Tensor:
         """The sum over the processes that hold other rows (`zoo.blocks.base.Peers`)."""
-        return summed(counts, self.dense, ("replicate", "shard"))
+        return summed(counts, self.tokens, ("dp",))
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """The sum over the processes with the same layers."""
+        return summed(values, self.tokens, ("dp", "cp", "tp"))
 
     def sum_all(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
-        return summed(values, self.dense, ("pp", "replicate", "shard", "tp"))
+        return summed(values, self.tokens, ("pp", "dp", "cp", "tp"))
 
 
 def summed(values: Tensor, mesh: DeviceMesh, axes: Sequence[str]) -> Tensor:

@@ -9,18 +9,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from zoo.blocks.base import Context
 from zoo.blocks.linear_loss import IGNORED
 from zoo.decoder import Decoder
 from zoo.parallel.mesh import World
+from zoo.parallel.pipeline import pipeline_of, stages_with
 from zoo.parallel.shard import synchronize
-from zoo.train.trainer import Autocast, Batch
+from zoo.train.trainer import Autocast, Batch, MakeContext
 
 
-def accumulate(model: Decoder, batch: Batch, batch_size: int, autocast: Autocast, world: World) -> dict[str, float]:
+def accumulate(
+    model: Decoder,
+    batch: Batch,
+    batch_size: int,
+    autocast: Autocast,
+    world: World,
+    context: MakeContext = Context.of,
+) -> dict[str, float]:
     """As `zoo.train.trainer.accumulate` does for the rows of all processes, of which `batch` is this one's part.
 
     Every process has as many rows. `.grad` then is the sum over all of them.
     """
+    pipeline = pipeline_of(model)
+    if pipeline is not None:
+        means = pipeline.accumulate(batch, batch_size, autocast, context)
+        finish_gradients(model.parameters())
+        pipeline.share_ends()
+        return means
     inputs, targets = batch
     num_tokens = int(world.sum_over_rows((targets != IGNORED).sum()))
     terms: dict[str, Tensor] = {}
@@ -28,7 +43,7 @@ def accumulate(model: Decoder, batch: Batch, batch_size: int, autocast: Autocast
     for index, (micro_inputs, micro_targets) in enumerate(micro_batches):
         synchronize(model, world, last=index == len(micro_batches) - 1)
         with autocast():
-            losses = model.loss(micro_inputs, micro_targets)
+            losses = model.loss(micro_inputs, micro_targets, context(micro_inputs))
         weight = losses.num_tokens / max(1, num_tokens)
         (losses.total * weight).backward()
         for name, value in losses.items.items():
@@ -47,19 +62,22 @@ def finish_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None, world: World) -> float:
     """Scale all gradients together so that their norm over all processes is at most `clip_norm`; the norm before."""
+    parameters = list(parameters)
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = grad_norm(found, world)
+    norm = grad_norm(parameters, world)
     if clip_norm is not None and math.isfinite(norm):  # else every gradient would become what one of them is
         factor = min(1.0, clip_norm / (norm + 1e-6))  # as torch does
         torch._foreach_mul_([_own(grad) for grad in found], factor)
     return norm
 
 
-def grad_norm(grads: Iterable[Tensor], world: World) -> float:
+def grad_norm(parameters: Iterable[nn.Parameter], world: World) -> float:
     """The norm of gradients of which every process has its part. One sum over all processes."""
     by_copies: dict[int, list[Tensor]] = {}
-    for grad in grads:
-        by_copies.setdefault(_copies(grad, world), []).append(_own(grad))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            copies = _copies(parameter.grad, world) * stages_with(parameter)
+            by_copies.setdefault(copies, []).append(_own(parameter.grad))
     device = torch.device(world.dense.device_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, parts in by_copies.items():

@@ -48,16 +48,18 @@ class Vocabulary(NamedTuple):
 
 
 def cut_vocabulary(model: Decoder, tp: DeviceMesh) -> None:
-    """Cut the embedding table and the head of `model`, and let both work with sequences that are cut."""
+    """Cut the embedding table and the head of `model`, where they are, and let them work with cut sequences."""
     vocabulary = Vocabulary.of(model.spec.vocab_size, tp)
-    places = {} if model.embed.positions is None else {"positions": Cut()}
-    cut_parameters(model.embed, {"weight": _BY_TOKEN, **places}, tp)
-    names = [name for name, _ in model.head.named_parameters()]
-    cut_parameters(model.head, dict.fromkeys(names, _BY_TOKEN), tp)
-    model.embed.forward = _Lookup(model.embed, vocabulary)  # type: ignore[method-assign]
-    logits = _Logits(model.head, vocabulary)
-    model.head.forward = logits.all  # type: ignore[method-assign]
-    model.head.cross_entropy = logits.cross_entropy  # type: ignore[method-assign]
+    if isinstance(model.embed, Embedding):
+        places = {} if model.embed.positions is None else {"positions": Cut()}
+        cut_parameters(model.embed, {"weight": _BY_TOKEN, **places}, tp)
+        model.embed.forward = _Lookup(model.embed, vocabulary)  # type: ignore[method-assign]
+    if isinstance(model.head, Head):
+        names = [name for name, _ in model.head.named_parameters()]
+        cut_parameters(model.head, dict.fromkeys(names, _BY_TOKEN), tp)
+        logits = _Logits(model.head, vocabulary)
+        model.head.forward = logits.all  # type: ignore[method-assign]
+        model.head.cross_entropy = logits.cross_entropy  # type: ignore[method-assign]
 
 
 class _Lookup:

@@ -20,10 +20,11 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
         steps: Newton-Schulz iterations.
 
     Returns:
-        The same shape and dtype. Computed in bf16 on GPUs, where it is fast and enough, and in fp32 elsewhere.
+        The same shape and dtype. Computed in bf16 on GPUs, where it is fast and enough, and at least in fp32 elsewhere.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else wide)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -37,6 +38,30 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 def matched_scale(rows: int, columns: int) -> float:
     """Factor that gives an orthogonalised update the RMS of a usual AdamW update (arXiv:2502.16982, equation 4)."""
     return 0.2 * max(rows, columns) ** 0.5
+
+
+def whole_matrices(stack: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The matrices of [..., rows, columns] of which this process holds a part, whole; and the way back for a result.
+
+    Of matrices that several processes share, each of them gets all; a stack that is divided between its matrices stays
+    so.
+    """
+    if not hasattr(stack, "placements"):
+        return stack, lambda result: result
+    from torch.distributed.tensor import DTensor, Replicate  # takes a second to import
+
+    assert isinstance(stack, DTensor)
+    mesh, parts = stack.device_mesh, stack.placements
+    apart = stack.ndim > 2
+    whole = [place if apart and getattr(place, "dim", None) == 0 else Replicate() for place in parts]
+    gathered = stack.redistribute(placements=whole)
+
+    def scatter(result: Tensor) -> Tensor:
+        size, stride = stack.shape, stack.stride()
+        spread = DTensor.from_local(result, mesh, whole, run_check=False, shape=size, stride=stride)
+        return spread.redistribute(placements=parts)
+
+    return gathered.to_local(), scatter
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,8 +112,9 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
         direction = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        parts = direction.unflatten(-2, (group["num_parts"], -1))
-        update = orthogonalize(parts, group["ns_steps"]).flatten(-3, -2)
+        matrices, scatter = whole_matrices(direction)
+        parts = matrices.unflatten(-2, (group["num_parts"], -1))
+        update = scatter(orthogonalize(parts, group["ns_steps"]).flatten(-3, -2))
         scale = matched_scale(parts.shape[-2], parts.shape[-1])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)
