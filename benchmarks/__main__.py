@@ -1,6 +1,9 @@
-"""python -m benchmarks [NAME ...]: measure the claims, each script in a process of its own, and write RESULTS.md.
+"""python -m benchmarks [NAME[:PART] ...]: measure the claims, each script in a process of its own, for RESULTS.md.
 
-A script is a module of this folder with `rows() -> list[Row]`; its first docstring line says what it claims.
+A script is a module of this folder with `rows() -> list[Row]`; its first docstring line says what it claims. One that
+takes long has `PARTS`, names that `rows` takes: NAME:PART measures one of them. What is named is measured anew and
+takes the place of the rows of the same titles; the rest of RESULTS.md stays. `summary(rows)` of a module gives rows
+that follow from its others.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -18,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import Row
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
 HELPERS = {"__init__", "__main__", "harness", "meter", "fit_planner", "planner_read", "planner_rows", "planner_table"}
@@ -26,25 +32,47 @@ PACKAGES = ("torch", "transformers", "numpy", "moe-zoo")
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--rows"]:
-        module = importlib.import_module(f"benchmarks.{arguments[1]}")
-        print(json.dumps([row.to_dict() for row in module.rows()]))
+        name, _, part = arguments[1].partition(":")
+        found = importlib.import_module(f"benchmarks.{name}").rows(*([part] if part else []))
+        print(json.dumps([row.to_dict() for row in found]))
         return 0
     known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
-    unknown = [name for name in arguments if name not in known]
+    unknown = [name for name in arguments if name.partition(":")[0] not in known]
     if unknown:
         print(f"benchmarks: found {', '.join(unknown)}; allowed: {', '.join(known)}", file=sys.stderr)
         return 2
-    sections, failed = [], False
-    for name in arguments or known:
-        print(f"measuring {name} ...", flush=True)
-        rows = _measure(name)
+    failed = False
+    for named in arguments or known:
+        print(f"measuring {named} ...", flush=True)
+        rows, (name, _, part) = _measure(named), named.partition(":")
         failed |= rows is None
-        sections.append(_section(name, rows))
         _show(name, rows)
-    if not arguments:
-        RESULTS.write_text("\n".join(["# Measured claims", "", _machine(), "", *sections]) + "\n", encoding="utf-8")
-        print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+        _keep(name, rows, whole=not part)
+    print(f"wrote {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
     return int(failed)
+
+
+def _keep(name: str, rows: list[dict[str, Any]] | None, whole: bool) -> None:
+    """Put the rows of a script in the place of those of the same titles, or of all of them, in RESULTS.md."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+    parts = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    if rows is not None and not whole:
+        titles = {row["what"] for row in rows}
+        rows = [row for row in _read(parts.get(name, "")) if row["what"] not in titles] + rows
+        summary = getattr(importlib.import_module(f"benchmarks.{name}"), "summary", lambda rows: rows)
+        rows = [row.to_dict() for row in summary([Row(**row) for row in rows])]
+    if rows is None and not whole:
+        return
+    parts[name] = _section(name, rows).removeprefix(f"## {name}\n") + "\n"
+    sections = [f"## {key}\n{parts[key].rstrip()}\n" for key in sorted(parts)]
+    RESULTS.write_text("\n".join(["# Measured claims", "", _machine(), "", *sections]), encoding="utf-8")
+
+
+def _read(section: str) -> list[dict[str, Any]]:
+    """The rows of a table as `_section` writes it."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    names = ("what", "ours", "other", "ratio", "note")
+    return [{**dict(zip(names, row, strict=True)), "ratio": float(row[3])} for row in cells[2:]]
 
 
 def _measure(name: str) -> list[dict[str, Any]] | None:

@@ -261,3 +261,11 @@ def test_mistakes_need_no_torch(tmp_path: Path) -> None:
             text=True,
         )
         assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_decoding_can_be_chosen(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = (run_dir, "prompt=def", "max_new_tokens=6")
+    texts = {written(capsys, *given, f"decode={way}") for way in ("auto", "eager")}
+    assert len(texts) == 1
+    said = refused(capsys, *given, "decode=quick")
+    assert "decode: found 'quick'; input should be 'auto', 'eager' or 'compiled'" in said

@@ -90,7 +90,7 @@ IN_CODE = [
         "^model.layers: found '2\\*\\(sparse'; a '\\(' without its '\\)'.*column",
     ),
     (["tiny_moe", "model=null"], "already named"),
-    (["tiny_moe", "data=books"], "^data: found 'books'; allowed: files, hf, mixture, stdlib"),
+    (["tiny_moe", "data=books"], "^data: found 'books'; allowed: chat, files, hf, mixture, stdlib"),
     (["tiny_moe", "nogroup/x=1"], "^nogroup/x: found no such group in this configuration"),
 ]
 

@@ -110,7 +110,7 @@ def _compose(config_name: str | None, overrides: list[str]) -> DictConfig:
             if found is None:
                 raise
             cfg, choices = found
-    if "model" in choices and cfg.get("model") and "name" not in cfg.model:
+    if choices.get("model") and cfg.get("model") and "name" not in cfg.model:
         from omegaconf import open_dict
 
         with open_dict(cfg):

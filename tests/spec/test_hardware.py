@@ -150,7 +150,6 @@ def test_a_machine_brings_precision_and_kernels_that_stay_overridable_by_name() 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hardware=h100_8x"], "hardware.num_devices: found 8; must be 1 for training"),
         (["hardware.num_devices=0"], "hardware.num_devices: found 0; input should be greater than 0"),
         (["hardware.chip.memory_gib=much"], "hardware.chip.memory_gib: found 'much'"),
         (["hardware=h100"], "hardware: found 'h100'"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zoo.config import compose
 from zoo.spec.run import RunSpec, decode_run
-from zoo.train.events import Evaluated, RunFinished, RunStarted, StepDone
+from zoo.train.events import Alerted, Evaluated, RolledBack, RunFinished, RunStarted, StepDone
 
 SMALL = [
     "model=tiny_moe",
@@ -52,6 +52,8 @@ class Listener:
     def __init__(self) -> None:
         self.steps: list[StepDone] = []
         self.evaluations: list[Evaluated] = []
+        self.alerts: list[Alerted] = []
+        self.rollbacks: list[RolledBack] = []
 
     def started(self, event: RunStarted) -> None:
         self.start = event
@@ -61,6 +63,12 @@ class Listener:
 
     def evaluated(self, event: Evaluated) -> None:
         self.evaluations.append(event)
+
+    def alerted(self, event: Alerted) -> None:
+        self.alerts.append(event)
+
+    def rolled_back(self, event: RolledBack) -> None:
+        self.rollbacks.append(event)
 
     def finished(self, event: RunFinished) -> None:
         self.end = event

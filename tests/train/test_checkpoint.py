@@ -56,9 +56,9 @@ def save_steps(run_dir: Path, *steps: int, keep: int = 9, settings: dict[str, ob
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2, 3, 10, keep=2)
-    assert [checkpoint.step for checkpoint in find_checkpoints(tmp_path)[0]] == [3, 10]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000003", "step_000010"]
+    save_steps(tmp_path, 100, 200, 300, 1000, keep=2)
+    assert [checkpoint.step for checkpoint in find_checkpoints(tmp_path)[0]] == [300, 1000]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000300", "step_001000"]
 
 
 def test_torn_checkpoints_are_passed_over_with_a_note(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.train.runs import Listener, small_run
 from zoo.hardware import Speed
 from zoo.plan.own_memory import peak_memory
 from zoo.spec.base import ConfigError
-from zoo.train import assembly, loop
+from zoo.train import assembly, loop, trainer
 from zoo.train.errors import TrainingError
 from zoo.train.events import RunFinished
 from zoo.train.metrics_file import MetricsFile, read_metrics
@@ -160,9 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     overrides = ("optimizer.lr=1e30", "schedule=constant", "schedule.warmup=0", "checkpoint.every=1")
     with pytest.raises(TrainingError, match=r"^step \d+: the loss term .* is (nan|inf); .*; try a smaller"):
         train(tmp_path, "train.steps=50", *overrides)
-    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert saved
-    assert "step_000050" not in saved
+    assert not (tmp_path / "run/checkpoints").exists()  # the first update already leaves weights of no use
 
 
 def test_a_gradient_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +170,9 @@ def test_a_gradient_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pyte
         model.head.weight.grad[0, 0] = math.nan
         return losses
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(trainer, "accumulate", poisoned)
     with pytest.raises(TrainingError, match=r"^step 1: the gradient of head.weight is not finite"):
-        train(tmp_path)
+        train(tmp_path, "train.watch.max_skipped=0")
 
 
 class StopsAfter(StopSignal):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from zoo.spec.train import NoLoggerSpec, WandbSpec
-from zoo.train.events import StepDone
+from zoo.train.events import Alerted, RolledBack, StepDone
 from zoo.train.reporters import make_reporters
 
 BLOCK = 32768
@@ -60,6 +60,8 @@ def test_a_run_is_written_offline_and_in_silence(tmp_path, made_up_run, feed, ru
     events = list(made_up_run(num_steps=20))
     _, reporter, _ = make_reporters(run, tmp_path)
     feed(reporter, iter(events))
+    reporter.alerted(Alerted(17, "loss_spike", "the loss is 7.1 after 2.3", 15))
+    reporter.rolled_back(RolledBack(10, 17, "loss_spike", "loss_spike at step 17: on from step 10"))
     reporter.close()
     assert capfd.readouterr() == ("", "")
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
@@ -70,6 +72,9 @@ def test_a_run_is_written_offline_and_in_silence(tmp_path, made_up_run, feed, ru
     config = {update.key: json.loads(update.value_json) for update in by_kind["run"].run.config.update}
     assert {key: config[key] for key in CONFIG} == CONFIG
     assert by_kind["exit"].exit.exit_code == 0
+    told = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert [(alert.title, alert.level) for alert in told] == [("loss_spike", "WARN"), ("rolled back", "INFO")]
+    assert told[0].text == "step 17: the loss is 7.1 after 2.3"
     history = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 21))

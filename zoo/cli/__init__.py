@@ -15,13 +15,16 @@ VERBS = {
     "show": "one model: its layers and blocks, parameters and FLOPs",
     "diff": "what differs between two models",
     "plan": "the best layout of a model on a machine, and why",
+    "dryrun": "rehearse a training step as one process of many: memory, FLOPs, what travels",
     "train": "train a model; the same as python train.py",
+    "report": "compare many runs: a table, pictures, the scaling law",
+    "eval": "how well a model predicts texts, and lm-eval's tasks",
     "generate": "continue a prompt with a trained model",
     "convert": "write a checkpoint in another layout, proven equal",
     "launch": "write a script that runs a planned training on a cluster",
     "export": "write a model and its layout as another engine's configuration",
 }
-QUICK = ("list", "show", "diff", "plan", "launch", "export")
+QUICK = ("list", "show", "diff", "plan", "launch", "export", "report")
 """Verbs that end before garbage could matter: collecting it would take a tenth of their time."""
 MISTAKE, INTERRUPTED = 2, 130
 

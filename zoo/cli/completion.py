@@ -23,6 +23,6 @@ def run(arguments: Sequence[str]) -> None:
         main(arguments, program="zoo")
     elif not words and not (verb and line.endswith(" ")):
         print(*(known for known in VERBS if known.startswith(verb)))
-    elif verb in ("show", "diff", "plan"):
+    elif verb in ("show", "diff", "plan", "dryrun"):
         start = "" if line.endswith(" ") else words[-1]
         print(*list_models(f"{start}*"))

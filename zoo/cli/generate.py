@@ -13,9 +13,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from zoo.cli.console import Parser
 from zoo.cli.convert import DTYPES, Dtype
 from zoo.cli.keys import read_keys
-from zoo.config import list_models
-from zoo.spec.base import ConfigError, Items, Spec, near
-from zoo.train.rundir import find_checkpoints
+from zoo.cli.places import Device, checkpoint_place, device_for
+from zoo.spec.base import ConfigError, Items, Spec
 from zoo.train.wording import printable
 
 if TYPE_CHECKING:
@@ -43,10 +42,11 @@ settings:
   seed=0                 of the draws
   dtype=fp32|bf16|fp16|fp64    of the weights; otherwise as they are stored
   device=auto|cpu|cuda|mps
+  decode=auto|eager|compiled   one token at a time: block by block, or on a CPU by kernels that a C++ compiler makes
+                         once; auto: compiled where that is possible and worth it
   tokenizer=FILE|bytes   another tokenizer than the checkpoint's
   echo=false             leave the prompt out of what is written"""
 TEXTS = ("prompt", "stop")
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class GenerateSettings(Spec):
@@ -62,6 +62,7 @@ class GenerateSettings(Spec):
     seed: NonNegativeInt = 0
     dtype: Dtype | None = None
     device: Device = "auto"
+    decode: Literal["auto", "eager", "compiled"] = "auto"
     tokenizer: str | None = None
     echo: bool = True
 
@@ -73,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="see above")
     given = parser.read(arguments)
     settings = read_keys(GenerateSettings, given.settings, TEXTS)
-    prompts, place = _prompts(settings), _place(given.path)
+    prompts, place = _prompts(settings), checkpoint_place(given.path)
     # Torch is imported here, when nothing is left that is wrong in what was typed.
     torch = importlib.import_module("torch")
     source = importlib.import_module("zoo.hf.source").open_checkpoint(place)
@@ -82,7 +83,8 @@ def run(arguments: Sequence[str]) -> None:
     _check_rows(rows, settings, source.spec)
     dtype = None if settings.dtype is None else getattr(torch, DTYPES[settings.dtype])
     load = importlib.import_module("zoo.hf.checkpoint").from_pretrained
-    model: Decoder = load(source, dtype, _device(torch, settings.device))
+    model: Decoder = load(source, dtype, device_for(torch, settings.device))
+    model.decoding = settings.decode
     ends = {*text.ends, *(token for token in map(text.special, settings.stop) if token is not None)}
     writers = [_Row(text, settings.stop, ends) for _ in rows]
     steps = _steps(torch, model, rows, ends, settings)
@@ -105,23 +107,6 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     return prompts
 
 
-def _place(word: str) -> Path:
-    """The checkpoint that was asked for: a path, or the newest run of a model."""
-    path = Path(word).expanduser()
-    if path.exists():
-        return path
-    models = list_models()
-    if word not in models:
-        advice = near(word, models) or "download a model of the hub first (hf download), or train one (zoo train)"
-        raise ConfigError(f"PATH: found {word!r}; there is no such file or directory, and no such model; {advice}")
-    outputs = Path("outputs")
-    for checkpoints in sorted(outputs.glob("*/*/checkpoints"), key=lambda found: found.stat().st_mtime, reverse=True):
-        complete, _ = find_checkpoints(checkpoints.parent)
-        if complete and complete[-1].state()["settings"]["model"].get("name") == word:
-            return complete[-1].path
-    raise ConfigError(f"PATH: found {word!r}; no run of this model below outputs/; train one: zoo train model={word}")
-
-
 def _check_rows(rows: Sequence[Sequence[int]], settings: GenerateSettings, spec: Any) -> None:
     largest = max(map(max, rows))
     if largest >= spec.vocab_size:
@@ -133,16 +118,6 @@ def _check_rows(rows: Sequence[Sequence[int]], settings: GenerateSettings, spec:
     if positions is not None and length > positions:
         rule = f"prompt and new text are {length} tokens, the model has {positions} positions"
         raise ConfigError(f"max_new_tokens: found {settings.max_new_tokens}; {rule}")
-
-
-def _device(torch: Any, wanted: Device) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = next(name for name, usable in there.items() if usable) if wanted == "auto" else wanted
-    if not there[found]:
-        raise ConfigError(
-            f"device: found {wanted!r}; torch {torch.__version__} sees no such device here; use device=auto"
-        )
-    return found
 
 
 def _steps(

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zoo.spec.base import ConfigError, decode
+from zoo.spec.base import ConfigError, Spec, choice_of, decode
+from zoo.spec.finetune import FinetuneSpec, FromCheckpoint
 from zoo.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -48,10 +49,41 @@ def take_model(data: Mapping[str, Any], name: str | None) -> tuple[ModelSpec, di
     """
     rest = {key: value for key, value in data.items() if key not in ("model", "model_scale", "match")}
     model = data.get("model")
+    start = start_of(data)
+    if start is not None:
+        return _of_checkpoint(start, data, name), rest
     if not isinstance(model, Mapping):
         raise ConfigError(f"model: found {model!r}; choose a model by name: model=tiny_moe")
     named = {"name": name, **model} if name else model
     return _derived(decode(ModelSpec, named, "model"), data), rest
+
+
+def start_of(data: Mapping[str, Any]) -> FromCheckpoint | None:
+    """The checkpoint that a configuration starts from; None: weights are random.
+
+    Raises:
+        ConfigError: its description is unsound.
+    """
+    if "finetune" not in data:
+        return None
+    found = decode(_Start, {"finetune": data["finetune"]}).finetune
+    return found if isinstance(found, FromCheckpoint) else None
+
+
+class _Start(Spec):
+    finetune: choice_of(FinetuneSpec)  # type: ignore[valid-type]
+
+
+def _of_checkpoint(start: FromCheckpoint, data: Mapping[str, Any], name: str | None) -> ModelSpec:
+    for key, usual in {"model_scale": "full", "match": "none"}.items():
+        if data.get(key, usual) != usual:
+            raise ConfigError(f"{key}: found {data[key]!r}; a model that comes from a checkpoint stays what it is")
+    given = data.get("model") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"model: found {given!r}; the checkpoint {start.path} describes it; leave model=... out")
+    # To open a checkpoint is the work of a higher floor, asked for only here.
+    found: ModelSpec = importlib.import_module("zoo.adapt.origin").model_of(start, given, name)
+    return found
 
 
 def _derived(spec: ModelSpec, data: Mapping[str, Any]) -> ModelSpec:

@@ -58,26 +58,52 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """Files, directories (read recursively, hidden names left out) and glob patterns (`**` crosses directories)."""
 
 
+class PathsSpec(RecordsSpec):
+    """Files that the user names."""
+
+    paths: Paths
+    heldout_paths: Paths = ()
+    """What is held out; then `paths` is trained on to the last document, and `heldout_fraction` has no say."""
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> PathsSpec:
+        if not self.paths or "" in self.paths:
+            rule = "must name files, directories or patterns"
+            raise problem("paths", list(self.paths), rule, "for example data.paths=[texts/,more.jsonl]")
+        if "" in self.heldout_paths:
+            raise problem("heldout_paths", list(self.heldout_paths), "must name files, directories or patterns")
+        return self
+
+
 @register_spec
-class FilesData(RecordsSpec):
-    """Text that the user names. The suffix gives the format; `.gz` or `.zst` after it is unpacked.
+class FilesData(PathsSpec):
+    """Text. The suffix gives the format; `.gz` or `.zst` after it is unpacked.
 
     `.jsonl`: a document a line. `.parquet`, `.arrow`, `.feather`: a document a row. Anything else: UTF-8 text, a
     document a file.
     """
 
     type: Literal["files"] = "files"
-    paths: Paths
-    heldout_paths: Paths = ()
-    """What is held out; then `paths` is trained on to the last document, and `heldout_fraction` has no say."""
+
+
+@register_spec
+class ChatData(PathsSpec):
+    """Conversations, one on each line of `.jsonl` files: {"messages": [{"role": "user", "content": "..."}, ...]}.
+
+    What the assistant says is learned, all else is read. Special tokens are understood, as transformers does, in all of
+    the text that the template makes.
+    """
+
+    type: Literal["chat"] = "chat"
+    text_key: str = "messages"
+    """The key of the list of messages."""
+    template: str = "chatml"
+    """How messages become text: `chatml`, a file in jinja2, a tokenizer_config.json, or a tokenizer's directory."""
 
     @model_validator(mode="after")
-    def _check(self) -> FilesData:
-        if not self.paths or "" in self.paths:
-            rule = "must name files, directories or patterns"
-            raise problem("paths", list(self.paths), rule, "for example data.paths=[texts/,more.jsonl]")
-        if "" in self.heldout_paths:
-            raise problem("heldout_paths", list(self.heldout_paths), "must name files, directories or patterns")
+    def _check_chat(self) -> ChatData:
+        if self.prompt_key is not None:
+            raise problem("prompt_key", self.prompt_key, "is not for conversations; leave it out")
         return self
 
 
@@ -145,6 +171,15 @@ class BytesTokenizer(TokenizerSpec):
     """UTF-8 bytes: 256 tokens. Byte 0, which no text contains, ends each document."""
 
     type: Literal["bytes"] = "bytes"
+
+
+@register_spec
+class CheckpointTokenizer(TokenizerSpec):
+    """The tokenizer of the checkpoint that the run starts from. It is looked up when the settings are decoded."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    separator: str | None = None
+    """The token that ends each document; null: what the checkpoint ends a text with."""
 
 
 @register_spec

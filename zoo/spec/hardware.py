@@ -141,6 +141,9 @@ class KernelsSpec(Spec):
     decode: Literal["auto", "eager", "compiled"] = "auto"
     """Writing text, one token at a time. `eager`: block by block. `compiled`: by kernels that a C++ compiler makes for
     this processor when they are first needed. `auto`: compiled where that is possible and worth it."""
+    tune: bool = True
+    """On a CPU, set up the process for speed before training (`zoo.tuning`): allocator, threads, the library of fp32
+    products, the kernels of experts. What was chosen is probed once, and said when the run starts."""
 
 
 def _leaves(spec: BaseModel, path: str = "") -> list[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
 from zoo.spec.base import Spec, choice_of, decode, problem
-from zoo.spec.composed import plain, take_model
-from zoo.spec.data import DataSpec, TokenizerSpec
+from zoo.spec.composed import plain, start_of, take_model
+from zoo.spec.data import CheckpointTokenizer, DataSpec, TokenizerSpec
+from zoo.spec.finetune import FinetuneSpec, FromCheckpoint, LoraFinetune, NoFinetune
 from zoo.spec.hardware import HardwareSpec, KernelsSpec, PrecisionSpec
 from zoo.spec.model import ModelSpec
 from zoo.spec.train import (
@@ -42,6 +46,7 @@ class RunSpec(Spec):
     train: TrainSpec
     checkpoint: CheckpointSpec
     logger: choice_of(LoggerSpec)  # type: ignore[valid-type]
+    finetune: choice_of(FinetuneSpec) = NoFinetune()  # type: ignore[valid-type]
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "model": self.model.to_dict()}
@@ -50,7 +55,7 @@ class RunSpec(Spec):
     def _check(self) -> RunSpec:
         self._check_schedule()
         self._check_positions()
-        self._check_devices()
+        self._check_start()
         return self
 
     def _check_schedule(self) -> None:
@@ -71,15 +76,16 @@ class RunSpec(Spec):
                 rule = f"must be at most {positions}, the learned positions of the model"
                 raise problem(("train", name), length, rule, "or raise model.embedding.positions")
 
-    def _check_devices(self) -> None:
-        advice = "zoo trains on one device so far; `zoo plan` lays out larger machines"
-        if isinstance(self.parallel, ManualParallelSpec):
-            for name, degree in self.parallel.degrees.items():
-                if degree != 1:
-                    raise problem(("parallel", name), degree, "must be 1", advice)
-        if self.hardware.num_devices != 1:
-            rule = "must be 1 for training"
-            raise problem(("hardware", "num_devices"), self.hardware.num_devices, rule, f"{advice}; use hardware=auto")
+    def _check_start(self) -> None:
+        if isinstance(self.tokenizer, CheckpointTokenizer):
+            advice = "choose finetune=full or finetune=lora, or another tokenizer"
+            raise problem(("tokenizer", "type"), self.tokenizer.type, "must have a checkpoint to come from", advice)
+        if not isinstance(self.finetune, LoraFinetune):
+            return
+        degrees = self.parallel.degrees if isinstance(self.parallel, ManualParallelSpec) else {}
+        if self.hardware.num_devices != 1 or any(degree != 1 for degree in degrees.values()):
+            rule, advice = "trains on one device", "use finetune=full on several"
+            raise problem(("finetune", "type"), self.finetune.type, rule, advice)
 
 
 def decode_run(cfg: DictConfig, model_name: str | None = None) -> RunSpec:
@@ -91,5 +97,21 @@ def decode_run(cfg: DictConfig, model_name: str | None = None) -> RunSpec:
     Raises:
         ConfigError: one line for each mistake, with its dotted path.
     """
-    model, settings = take_model(plain(cfg), model_name)
+    data = plain(cfg)
+    model, settings = take_model(data, model_name)
+    start = start_of(data)
+    if start is not None:
+        settings |= _resolved(start, settings)
     return decode(RunSpec, {**settings, "model": model})
+
+
+def _resolved(start: FromCheckpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that refer to the checkpoint, in words that hold on their own and in any working directory."""
+    path = str(Path(start.path).expanduser().absolute())
+    found: dict[str, Any] = {"finetune": {**start.to_dict(), "path": path}}
+    tokenizer = settings.get("tokenizer")
+    if isinstance(tokenizer, Mapping) and tokenizer.get("type") == "checkpoint":
+        separator = decode(CheckpointTokenizer, tokenizer, "tokenizer").separator
+        # To open a checkpoint is the work of a higher floor, asked for only here.
+        found["tokenizer"] = importlib.import_module("zoo.adapt.origin").tokenizer_of(path, separator)
+    return found

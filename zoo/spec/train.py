@@ -17,8 +17,20 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from zoo.spec.base import Items, Spec, TypedSpec, problem, register_spec
+from zoo.spec.watch import WatchSpec
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RuleSpec(Spec):
+    """Other settings for some of the parameters."""
+
+    match: str
+    """Pattern of their names, as `*.router.*`; of several rules that match, all hold, the last one last."""
+    lr_scale: NonNegativeFloat = 1.0
+    """Factor on the learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """Absent: as without the rule."""
 
 
 class OptimizerSpec(TypedSpec):
@@ -27,6 +39,8 @@ class OptimizerSpec(TypedSpec):
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled: weights shrink by lr * weight_decay at each step."""
+    rules: Items[RuleSpec] = ()
+    """Other rates and decays by the names of parameters."""
 
 
 @register_spec
@@ -61,6 +75,12 @@ class MuonSpec(OptimizerSpec):
     ns_steps: PositiveInt = 5
     adamw: AdamWSpec
     """For every parameter that is not a matrix inside a layer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MuonSpec:
+        if self.adamw.rules:
+            raise problem(("adamw", "rules"), len(self.adamw.rules), "one list holds for all", "write optimizer.rules")
+        return self
 
 
 def _check_duration(value: Any) -> Any:
@@ -121,6 +141,16 @@ class TrainSpec(Spec):
     """Sequences that are worked on at once; gradients are accumulated over the others. `auto`: the plan's choice."""
     seq_len: PositiveInt
     """Tokens per sequence."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`documents`: no document of a row hears of another, and each counts its positions from 0."""
+    batch_warmup: Duration = 0
+    """How long the batch grows, in equal parts, from `batch_start` sequences to `batch_size`."""
+    batch_start: PositiveInt | None = None
+    """Sequences of the first step; null: an eighth of a batch. Given only with `batch_warmup`."""
+    ema: Fraction | None = None
+    """Decay of a moving average of the weights, which evaluations report beside the weights; null: none is kept."""
+    noise_scale: bool = False
+    """Measure the gradient noise scale every `log_every` steps, for one more pass over a part of the batch."""
     clip_norm: PositiveFloat | None = 1.0
     """Longest gradient, all parameters together; null: no clipping."""
     recompute: Literal["auto", "none", "layer"] = "auto"
@@ -136,6 +166,8 @@ class TrainSpec(Spec):
     """Of the initial weights, the batches and the sample."""
     log_every: PositiveInt = 10
     """Steps that one report of routing health covers."""
+    watch: WatchSpec = WatchSpec()
+    """What becomes of steps that go wrong."""
     sample_prompt: str = ""
     sample_tokens: NonNegativeInt = 0
     """Tokens to write after the prompt at the end; 0: no sample."""
@@ -146,6 +178,12 @@ class TrainSpec(Spec):
         if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
             rule = f"must divide train.batch_size, {self.batch_size}"
             raise problem("micro_batch", self.micro_batch, rule, "or auto")
+        if self.batch_start is not None and not self.batch_warmup:
+            raise problem("batch_start", self.batch_start, "has no effect without train.batch_warmup")
+        if self.batch_start is not None and self.batch_start > self.batch_size:
+            raise problem("batch_start", self.batch_start, f"must be at most train.batch_size, {self.batch_size}")
+        if self.noise_scale and self.batch_size < 2:
+            raise problem("noise_scale", self.noise_scale, "needs a train.batch_size of at least 2")
         return self
 
     @property
@@ -157,10 +195,13 @@ class TrainSpec(Spec):
 class CheckpointSpec(Spec):
     """When to save, and where to go on from."""
 
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in the memory of the host; of runs with several processes."""
     every: PositiveInt | None = None
     """Steps between checkpoints; null: only at the end or when interrupted."""
     keep: PositiveInt = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; beside them one or two older ones, when these are all from the last 30
+    steps: what goes wrong may take some steps to show."""
     resume: str = "never"
     """`never`, `auto` or the directory of a run, which is then continued in place.
 

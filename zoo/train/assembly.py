@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from zoo.adapt.origin import initial_model
 from zoo.data.batches import heldout_rows
 from zoo.data.corpus import Corpus, load_corpus
 from zoo.data.ngram import TrigramBaseline
@@ -17,19 +19,28 @@ from zoo.decoder import Decoder, build
 from zoo.hardware import Speed, local_hardware, measure
 from zoo.hardware.local import available_gib, num_cpus
 from zoo.hardware.speed import cache_dir
+from zoo.spec.base import ConfigError
 from zoo.spec.data import BytesTokenizer, FileTokenizer
+from zoo.spec.finetune import LoraFinetune
 from zoo.spec.hardware import ChipSpec, PrecisionSpec
 from zoo.spec.run import RunSpec
 from zoo.train.checks import check_inputs
+from zoo.train.crew import Alone, Crew
+from zoo.train.ema import Ema
 from zoo.train.events import Predicted
+from zoo.train.layouts import place_many
 from zoo.train.optim import build_optimizers
 from zoo.train.peak import PeakMeter
 from zoo.train.placement import Placement, place
 from zoo.train.prediction import predictor
+from zoo.train.torchrun import check_processes, launched
 from zoo.train.trainer import Autocast
+from zoo.tuning import tuned
 
 FLOPS_FACTOR = 3
 """Forward and backward over forward: the backward pass multiplies twice for every product of the forward pass."""
+FLOPS_FACTOR_FROZEN = 2
+"""The same where adapters are trained: the gradients of the weights are not needed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLEARLY_FASTER = 1.5
 """bf16 costs accuracy: it has to multiply at least this many times as fast as fp32 to be chosen unasked."""
@@ -50,6 +61,8 @@ class Assembly:
     """The dtype of matrix multiplications, as `PrecisionSpec.compute` names it, `auto` decided."""
     device: torch.device
     forward_flops_per_token: float
+    flops_factor: int
+    """What a step multiplies over what its forward pass does."""
     peak_flops_per_s: float | None
     """Of matrix multiplications in `compute`, measured on this machine; None when it has none of these."""
     hardware: str
@@ -69,7 +82,7 @@ class Assembly:
         """Model FLOP/s over what the machine reaches in matrix products; None when that is not known."""
         if not self.peak_flops_per_s:
             return None
-        return FLOPS_FACTOR * self.forward_flops_per_token * tokens_per_s / self.peak_flops_per_s
+        return self.flops_factor * self.forward_flops_per_token * tokens_per_s / self.peak_flops_per_s
 
     def predicted(self, tokens_per_step: int) -> Predicted:
         """What the plan expects of a step."""
@@ -78,8 +91,19 @@ class Assembly:
         return Predicted(seconds, self.placement.memory_gib, mfu)
 
 
-def assemble(run: RunSpec, decided: Mapping[str, Any] | None = None) -> Assembly:
-    """Everything that `run` describes, the weights at their random start.
+@dataclass(frozen=True)
+class Decisions:
+    """What one process decides for all."""
+
+    chip: ChipSpec
+    speed: Speed
+    compute: str
+    placement: Placement
+    choices: tuple[str, ...]
+
+
+def assemble(run: RunSpec, decided: Mapping[str, Any] | None = None, crew: Crew | None = None) -> Assembly:
+    """Everything that `run` describes, the weights at their random start, spread over the processes of `crew`.
 
     Args:
         decided: What was decided when the run was started, if it was before: `compute`, and what `Placement.decided`
@@ -88,39 +112,59 @@ def assemble(run: RunSpec, decided: Mapping[str, Any] | None = None) -> Assembly
     Raises:
         ConfigError: no such device here, too little memory on it, no text, or too little of that.
     """
+    crew = crew or Alone()
     tokenizer = check_inputs(run)
-    machine = local_hardware(run.hardware)
-    chip = machine.chip
+    chosen = crew.share(partial(_decide, run, decided, crew.size))
+    chip, speed, compute, placement = chosen.chip, chosen.speed, chosen.compute, chosen.placement
+    choices = list(chosen.choices)
     device = torch.device(chip.device or "cpu")
-    speed = measure(chip)
-    compute, choices = _choose_precision(run.precision, speed, decided["compute"] if decided else None)
-    seconds = predictor(run, machine, speed, compute)
-    placement = place(run, compute=compute, room_gib=_room_gib(chip), seconds=seconds, decided=decided)
-    choices += placement.reasons
     # Reading bytes is quick; what a tokenizer has made of a text is worth keeping.
     keep = cache_dir() / "corpora" if isinstance(run.tokenizer, FileTokenizer) else None
-    corpus = load_corpus(run.data, run.tokenizer, keep)
+    corpus = crew.in_turn(partial(load_corpus, run.data, run.tokenizer, keep))
     peak_meter = PeakMeter(device)
-    model = _build_model(run, device, placement.recompute)
-    if model.moe_layers() and run.kernels.experts == "auto":
-        choices.append(_experts_choice(device))
-    peak = speed.tflops.get(compute)
+    model = crew.spread(partial(_build_model, run, device, placement.recompute), run, placement)
+    choices += _kernel_choices(run, model, device)
+    peak = speed.tflops.get(compute, 0.0) * crew.size
     return Assembly(
         model=model,
-        optimizers=build_optimizers(model, run.optimizer),
+        optimizers=_optimizers(run, model),
         corpus=corpus,
         autocast=_autocast(device, run.precision, compute),
         compute=compute,
         device=device,
         forward_flops_per_token=run.model.flops(run.train.seq_len).total,
+        flops_factor=FLOPS_FACTOR_FROZEN if isinstance(run.finetune, LoraFinetune) else FLOPS_FACTOR,
         peak_flops_per_s=peak * 1e12 if peak else None,
         hardware=_describe(chip, speed, compute),
         choices=tuple(choices),
         placement=placement,
         peak=peak_meter,
-        baselines=_baselines(run, corpus),
-        sample=_sampler(run, model, tokenizer, device),
+        baselines=_baselines(run, corpus) if crew.rank == 0 else {},
+        sample=_sampler(run, partial(crew.sampling, model), tokenizer, device),
     )
+
+
+def _decide(run: RunSpec, decided: Mapping[str, Any] | None, processes: int) -> Decisions:
+    """Look at this machine, and choose what the settings leave open."""
+    if processes == 1:
+        check_processes(run, processes, shrunk=launched() is not None and decided is not None)
+    machine = local_hardware(run.hardware)
+    chip = machine.chip
+    speed = measure(chip)
+    compute, choices = _choose_precision(run.precision, speed, decided["compute"] if decided else None)
+    if processes > 1 and isinstance(run.finetune, LoraFinetune):
+        raise ConfigError("finetune.type: found 'lora'; trains in one process; use finetune=full in several")
+    if processes > 1:
+        placement = place_many(run, machine, processes, compute, _room_gib(chip), decided)
+    else:
+        seconds = predictor(run, machine, speed, compute)
+        placement = place(run, compute=compute, room_gib=_room_gib(chip), seconds=seconds, decided=decided)
+    return Decisions(chip, speed, compute, placement, (*choices, *placement.reasons))
+
+
+def _optimizers(run: RunSpec, model: Decoder) -> list[torch.optim.Optimizer]:
+    found = build_optimizers(model, run.optimizer, run.model.width_ratio)
+    return found if run.train.ema is None else [*found, Ema(model.named_parameters(), run.train.ema)]
 
 
 def _room_gib(chip: ChipSpec) -> float | None:
@@ -129,10 +173,11 @@ def _room_gib(chip: ChipSpec) -> float | None:
     return min(found, default=None)
 
 
-def _build_model(run: RunSpec, device: torch.device, recompute: str) -> Decoder:
+def _build_model(run: RunSpec, device: torch.device, recompute: str, on_meta: bool) -> Decoder:
     # Made on the processor: the same seed gives the same weights on every device.
     torch.manual_seed(run.train.seed)
-    model = build(run.model, dtype=DTYPES[run.precision.weights]).to(device)
+    dtype = DTYPES[run.precision.weights]
+    model = build(run.model, "meta", dtype) if on_meta else initial_model(run, dtype).to(device)
     model.recompute = "layer" if recompute == "layer" else "none"
     model.decoding = run.kernels.decode
     for moe in model.moe_layers().values():
@@ -166,10 +211,17 @@ def _autocast(device: torch.device, precision: PrecisionSpec, compute: str) -> A
     return autocast
 
 
-def _experts_choice(device: torch.device) -> str:
+def _kernel_choices(run: RunSpec, model: Decoder, device: torch.device) -> list[str]:
+    """How this process was set up, and what computes the experts if that was left open."""
+    tuning = tuned() if device.type == "cpu" else None
+    lines = [tuning.allocator, tuning.threads, tuning.products] if tuning else []
+    if not model.moe_layers() or run.kernels.experts != "auto":
+        return lines
+    if tuning:
+        return [*lines, tuning.experts]
     if device.type == "cpu":
-        return "experts grouped: tokens are sorted by expert once, and no expert copies its weights or outputs"
-    return "experts grouped_mm: torch's grouped product never waits for the device to learn how many tokens came"
+        return ["experts grouped: tokens are sorted by expert once, and no expert copies its weights or outputs"]
+    return ["experts grouped_mm: torch's grouped product never waits for the device to learn how many tokens came"]
 
 
 def _describe(chip: ChipSpec, speed: Speed, compute: str) -> str:
@@ -191,11 +243,16 @@ def _baselines(run: RunSpec, corpus: Corpus) -> dict[str, float]:
     return {"order-2 bytes": TrigramBaseline.fit(corpus.train).bits_per_byte(rows)}
 
 
-def _sampler(run: RunSpec, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> Callable[[str], str]:
+def _sampler(
+    run: RunSpec, writer: Callable[[], Decoder | None], tokenizer: Tokenizer, device: torch.device
+) -> Callable[[str], str]:
     train, positions = run.train, run.model.embedding.positions
 
     def sample(prompt: str) -> str:
         """What the model writes after `prompt`, up to the end of the document."""
+        model = writer()
+        if model is None:
+            return ""
         ids = tokenizer.encode(prompt) or [tokenizer.separator]
         room = train.sample_tokens if positions is None else min(train.sample_tokens, positions - len(ids))
         torch.manual_seed(train.seed)

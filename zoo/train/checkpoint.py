@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
-from zoo.train.rundir import FORMAT, STATE, Checkpoint, checkpoint_dir, find_checkpoints
+from zoo.train.rundir import Checkpoint, checkpoint_dir, partial_dir, publish, seal
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -27,29 +26,25 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep`.
+    """Write the checkpoint of `step`, then remove those that `zoo.train.rundir.publish` no longer keeps.
 
     It is written under a hidden name, flushed to disk and renamed: a process that is killed leaves the whole
     checkpoint or none. `state` holds JSON values.
+
+    Raises:
+        OSError: it cannot be written. The checkpoints of before are as they were, and what was written is gone.
     """
-    final = checkpoint_dir(run_dir, step)
-    partial = final.with_name(f".{final.name}.partial")
-    for leftover in (partial, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / MODEL)
-    save_file(_optimizer_tensors(optimizers), partial / OPTIMIZER)
-    sizes = {name: (partial / name).stat().st_size for name in (MODEL, OPTIMIZER)}
-    text = json.dumps({"format": FORMAT, "step": step, **state, "files": sizes}, indent=1)
-    (partial / STATE).write_text(text, encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    partial.rename(final)
-    _flush(final.parent)
-    for old in find_checkpoints(run_dir)[0][:-keep]:
-        shutil.rmtree(old.path)
-    return final
+    partial = partial_dir(run_dir, step)
+    try:
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / MODEL)
+        save_file(_optimizer_tensors(optimizers), partial / OPTIMIZER)
+        seal(partial, step, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(str(error)) from error
+    publish(run_dir, step, keep)
+    return checkpoint_dir(run_dir, step)
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[optim.Optimizer]) -> None:
@@ -89,12 +84,3 @@ def _optimizer_tensors(optimizers: Iterable[optim.Optimizer]) -> dict[str, Tenso
                 for key, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{name}/{key}"] = torch.as_tensor(value).contiguous()
     return tensors
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.padding import Padding
 
 from zoo.train import panels
-from zoo.train.events import Evaluated, LayerHealth, RunFinished, RunStarted, StepDone
+from zoo.train.events import Alerted, Evaluated, LayerHealth, RolledBack, RunFinished, RunStarted, StepDone
 from zoo.train.routing import summary
 from zoo.train.wording import as_predicted, closing, facts, judgement, numbers, printable, rivals, shown_path
 
@@ -59,6 +59,12 @@ class LiveDisplay:
         self._evaluated = event
         self._spent_s += event.time_s
         self._draw()
+
+    def alerted(self, event: Alerted) -> None:
+        self.console.print(panels.notice(f"alert {event.name}", f"step {event.step:,}: {event.message}", self._width))
+
+    def rolled_back(self, event: RolledBack) -> None:
+        self.console.print(panels.notice("rolled back", event.message, self._width))
 
     def finished(self, event: RunFinished) -> None:
         self.close()
@@ -144,7 +150,15 @@ class PlainDisplay:
             for rival in rivals(event.bits_per_byte, self._started.baselines)
         ]
         held_out = f"held-out {event.bits_per_byte:.3f} bits/byte"
+        if event.average_bits_per_byte is not None:
+            held_out += f" ({event.average_bits_per_byte:.3f} by the average of the weights)"
         self._write("  ".join([self._place(event.step), "; ".join([held_out, *beside])]))
+
+    def alerted(self, event: Alerted) -> None:
+        self._write(f"{self._place(event.step)}  ALERT {event.name}: {event.message}")
+
+    def rolled_back(self, event: RolledBack) -> None:
+        self._write(f"{self._place(event.step)}  ROLLED BACK: {event.message}")
 
     def finished(self, event: RunFinished) -> None:
         assert self._started is not None

@@ -71,6 +71,38 @@ class StepDone:
     mfu: float | None
     """Model FLOPs per second over the measured matrix-multiply peak of this machine; None when it is not known."""
     routing: tuple[LayerHealth, ...]
+    skipped: bool = False
+    """A loss or a gradient was no number: the weights are as before."""
+    num_tokens: int | None = None
+    """Targets of the step; None: as `RunStarted.tokens_per_step` says."""
+    noise_scale_tokens: float | None = None
+    """The gradient noise scale (`zoo.train.noise`); None: not measured."""
+
+
+@dataclass(frozen=True)
+class Alerted:
+    """Sent when something is wrong with the run, after the step that shows it."""
+
+    step: int
+    """Steps done."""
+    name: str
+    """One of those in `zoo.train.watch`."""
+    message: str
+    since: int
+    """The first step that shows it."""
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """Sent when the run has gone back to a checkpoint."""
+
+    step: int
+    """Steps done, those of the checkpoint."""
+    from_step: int
+    """Steps done before."""
+    alert: str
+    """Name of the alert."""
+    message: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +114,9 @@ class Evaluated:
     bits_per_byte: float
     num_tokens: int
     time_s: float
+    average_loss: float | None = None
+    """Of the moving average of the weights; None: none is kept."""
+    average_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +152,10 @@ class Reporter(Protocol):
     def step_done(self, event: StepDone) -> None: ...
 
     def evaluated(self, event: Evaluated) -> None: ...
+
+    def alerted(self, event: Alerted) -> None: ...
+
+    def rolled_back(self, event: RolledBack) -> None: ...
 
     def finished(self, event: RunFinished) -> None: ...
 

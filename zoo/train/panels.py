@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -32,6 +33,12 @@ def header(event: RunStarted, width: int) -> RenderableType:
     for label, text in facts(event):
         grid.add_row(label, Text(printable(text), style="bold" if label == "model" else ""))
     return Panel(grid, title="[bold]zoo[/]", title_align="left", box=box.ROUNDED, border_style=ACCENT, width=width)
+
+
+def notice(label: str, message: str, width: int) -> RenderableType:
+    """Something that a person should not miss; it stays above the part that is redrawn."""
+    text = Text.assemble((f"{label}  ", f"bold {BAD}"), printable(message))
+    return Padding(Constrain(text, width - 4), (0, 2))
 
 
 def progress(step: int, num_steps: int, spent_s: float, left_s: float | None) -> RenderableType:

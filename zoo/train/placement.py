@@ -41,7 +41,8 @@ class Placement:
 
     def decided(self) -> dict[str, Any]:
         """What a resumed run takes over, as JSON."""
-        return {"micro_batch": self.micro_batch, "recompute": self.recompute}
+        number = self.num_micro_batches
+        return {"micro_batch": self.micro_batch, "num_micro_batches": number, "recompute": self.recompute}
 
 
 Seconds = Callable[[int, str], float | None]
@@ -126,7 +127,9 @@ def choose(
 def _options(run: RunSpec, decided: Mapping[str, Any] | None) -> dict[str, list[int]]:
     train = run.train
     if decided is not None:
-        return {decided["recompute"]: [decided["micro_batch"]]}
+        # Several processes may have started it: what stays is how many micro-batches a batch has.
+        number = decided.get("num_micro_batches", train.batch_size // decided["micro_batch"])
+        return {decided["recompute"]: [train.batch_size // number]}
     sizes = divisors(train.batch_size)[::-1] if train.micro_batch == "auto" else [train.micro_batch]
     return dict.fromkeys(("none", "layer") if train.recompute == "auto" else (train.recompute,), sizes)
 

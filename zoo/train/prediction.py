@@ -14,6 +14,7 @@ from zoo.hardware.speed import Speed, cache_dir, write_cache
 from zoo.plan.estimate import estimate
 from zoo.plan.local import Op, StepOps, step_seconds
 from zoo.spec.base import ConfigError
+from zoo.spec.finetune import LoraFinetune
 from zoo.spec.hardware import HardwareSpec
 from zoo.spec.model import ModelSpec
 from zoo.spec.run import RunSpec
@@ -36,6 +37,8 @@ def predictor(run: RunSpec, machine: HardwareSpec, speed: Speed, compute: str) -
             if machine.chip.device == "cpu":
                 return None
             return _estimated(run, machine, compute, micro_batch, recompute)
+        if isinstance(run.finetune, LoraFinetune):
+            return None  # its operations are others than those that were measured
         try:
             ops = known_step_ops(run.model, micro_batch, train.seq_len, run.optimizer, run.kernels.experts)
         except (RuntimeError, NotImplementedError):  # a block from outside that cannot run without numbers

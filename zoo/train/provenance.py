@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def write_provenance(run: RunSpec, run_dir: Path) -> list[Path]:
     return [config, versions]
 
 
+@cache
 def versions_here() -> dict[str, Any]:
     """Versions of zoo and of what it stands on, and the git revision when zoo runs from a checkout."""
     return {

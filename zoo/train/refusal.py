@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from zoo.plan.adapters import adapter_size
 from zoo.plan.machines import machines
 from zoo.plan.own_memory import peak_memory
 from zoo.plan.question import divisors
+from zoo.spec.finetune import LoraFinetune, NoFinetune
 from zoo.spec.model import ModelSpec
 from zoo.spec.run import RunSpec
 from zoo.spec.train import AdamWSpec, MuonSpec, OptimizerSpec
@@ -17,6 +19,7 @@ def memory_gib(
     run: RunSpec, model: ModelSpec, optimizer: OptimizerSpec, micro_batch: int, recompute: str, compute: str
 ) -> float:
     """The predicted peak of a step of `run` with another model, optimizer or micro-batch."""
+    lora = run.finetune
     return peak_memory(
         model,
         batch_size=micro_batch,
@@ -26,6 +29,7 @@ def memory_gib(
         weights=run.precision.weights,
         compute=compute,
         grad_accumulation=max(1, run.train.batch_size // micro_batch),
+        adapters=adapter_size(model, lora.targets, lora.rank) if isinstance(lora, LoraFinetune) else None,
     ).total
 
 
@@ -76,6 +80,8 @@ def _other_optimizer(run: RunSpec, room_gib: float, compute: str) -> Iterator[st
 
 
 def _twin(run: RunSpec, room_gib: float, compute: str) -> Iterator[str]:
+    if not isinstance(run.finetune, NoFinetune):  # a model that comes from a checkpoint stays what it is
+        return
     twin = shrink(run.model)
     if twin.params().total < run.model.params().total:
         gib = memory_gib(run, twin, run.optimizer, 1, "none", compute)

@@ -1,12 +1,13 @@
 """From a command line to a finished run. Torch is imported only when everything about the run is known to be sound.
 
-Exit statuses: 0 done; 1 training failed; 2 a mistake in the settings; 130 and 143 stopped by SIGINT and SIGTERM, with a
-checkpoint saved.
+Exit statuses, of each process where torchrun starts several: 0 done; 1 training failed; 2 a mistake in the settings;
+130 and 143 stopped by SIGINT and SIGTERM, with a checkpoint saved.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import re
 import shlex
@@ -15,12 +16,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo.config import opened
 from zoo.registry import take_config_dirs
 from zoo.spec.base import ConfigError
 from zoo.train.errors import TrainingError
+from zoo.train.processes import FAILED, LOST, MISTAKE, follow, lead, lost_another, recalled
+from zoo.train.sweep import FAILURE, MULTIRUN_FLAGS, claimed, is_sweep, missing, result_of, sweep_dir, sweep_of
+from zoo.train.torchrun import check_processes, launched
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
 OUTPUTS = Path("outputs")
 """Where runs go unless hydra.run.dir says otherwise."""
-FAILED, MISTAKE = 1, 2
 
 
 def main(arguments: Sequence[str], program: str) -> NoReturn:
@@ -42,11 +45,17 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
         program: What the person typed before them.
     """
     _wait_asleep()
+    launch = launched()
+    if launch is not None and launch.rank > 0:
+        follow(launch)
     gc.disable()  # until the run starts: a tenth of the time that checking its settings takes
     try:
-        sys.argv = [program, *checked(take_config_dirs(arguments))]
+        if launch is not None and (run_dir := recalled(launch)) is not None:
+            arguments = _going_on(arguments, run_dir)
+        arguments = checked(take_config_dirs(arguments))
     except ConfigError as error:
         _leave(MISTAKE, str(error))
+    sys.argv = [program, *arguments]
     import hydra
 
     try:
@@ -54,7 +63,15 @@ def main(arguments: Sequence[str], program: str) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of --help or --cfg has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _end_sweep(arguments)
     sys.exit(0)
+
+
+def _going_on(arguments: Sequence[str], run_dir: Path) -> list[str]:
+    """The command line of a process that takes the place of one in `run_dir`."""
+    names = ("hydra.run.dir=", "checkpoint.resume=")
+    kept = [argument for argument in arguments if not argument.lstrip("+").startswith(names)]
+    return [*kept, f"hydra.run.dir={_quoted(run_dir)}", "checkpoint.resume=auto"]
 
 
 def _wait_asleep() -> None:
@@ -77,12 +94,13 @@ def checked(arguments: Sequence[str]) -> list[str]:
         ConfigError: a mistake in one of the jobs.
     """
     flags = {argument for argument in arguments if argument.startswith("-")}
-    if flags - {"-m", "--multirun"}:  # help, completion, showing the configuration: nothing is going to run
+    if flags - MULTIRUN_FLAGS:  # help, completion, showing the configuration: nothing is going to run
         return list(arguments)
     overrides = [argument for argument in arguments if argument not in flags]
-    if flags or "hydra.mode=MULTIRUN" in overrides:
-        _check_jobs(overrides)
-        return [*flags, *opened(overrides)]
+    if is_sweep(arguments):
+        if launched() is not None:
+            raise ConfigError("-m: found several jobs under torchrun; it starts the processes of one: run them in turn")
+        return [*flags, *opened(_checked_sweep(overrides))]
     run_dir = _check_job(overrides)
     overrides = opened(overrides)
     return [*overrides, f"hydra.run.dir={_quoted(run_dir)}"] if run_dir else overrides
@@ -97,14 +115,18 @@ def run_job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    gc.enable()
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _run_job_of_sweep(cfg, hydra_config)
+    return _run_alone(cfg, hydra_config)
+
+
+def _run_alone(cfg: DictConfig, hydra_config: Any) -> float | None:
     from zoo.spec.run import decode_run
     from zoo.train.signals import StopSignal
 
-    gc.enable()
-    hydra_config = HydraConfig.get()
-    run_dir, stop = Path(hydra_config.runtime.output_dir), StopSignal()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}")
+    run_dir, stop = Path(hydra_config.runtime.output_dir), StopSignal(patient=launched() is not None)
     try:
         run = decode_run(cfg, hydra_config.runtime.choices.get("model"))
         finished = _train(run, run_dir, stop)
@@ -112,6 +134,10 @@ def run_job(cfg: DictConfig) -> float | None:
         _leave(MISTAKE, str(error))
     except TrainingError as error:
         _leave(FAILED, str(error))
+    except RuntimeError as error:
+        if launched() is None or not lost_another(error):
+            raise
+        _leave(FAILED, LOST)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost")
     if finished.reason == "interrupted":
@@ -119,8 +145,40 @@ def run_job(cfg: DictConfig) -> float | None:
         kept = [override for override in given if not override.startswith("checkpoint.resume=")]
         command = shlex.join([*sys.argv[0].split(), *kept, f"checkpoint.resume={_quoted(run_dir)}"])
         _leave(128 + stop.number, f"go on with: {command}")
-    if stop.requested and hydra_config.mode == RunMode.MULTIRUN:
-        _leave(128 + stop.number, "stopped after this job, which is done")
+    return finished.last_eval.bits_per_byte if finished.last_eval else None
+
+
+def _run_job_of_sweep(cfg: DictConfig, hydra_config: Any) -> float | None:
+    """One job among others: what it comes to stays in its directory, and a failure is its own.
+
+    Returns:
+        As `run_job`; infinity when it failed, None when another process is at it.
+    """
+    from zoo.spec.run import decode_run
+    from zoo.train.signals import StopSignal
+
+    run_dir, stop = Path(hydra_config.runtime.output_dir), StopSignal()
+    what = f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}"
+    with claimed(run_dir) as mine:
+        if not mine:
+            print(f"\n{what}\nanother process is at it")
+            return None
+        try:
+            run = decode_run(cfg, hydra_config.runtime.choices.get("model"))
+            result = None if run.checkpoint.resume == "never" else result_of(run_dir, run.to_dict())
+            print(f"\n{what}" if result is None else f"\n{what}\ndone before: {result:.4f} bits per byte")
+            if result is not None:
+                return result
+            (run_dir / FAILURE).unlink(missing_ok=True)
+            finished = _train(run, run_dir, stop)
+        except (ConfigError, TrainingError) as error:
+            (run_dir / FAILURE).write_text(f"{error}\n", encoding="utf-8")
+            print(f"this job failed; the others go on: {error}", file=sys.stderr)
+            return math.inf
+        except KeyboardInterrupt:
+            _leave(128 + signal.SIGINT, "stopped at once; the same command goes on from the last checkpoint")
+    if stop.requested:
+        _leave(128 + stop.number, "stopped; the same command goes on with the sweep")
     return finished.last_eval.bits_per_byte if finished.last_eval else None
 
 
@@ -133,13 +191,30 @@ def _train(run: RunSpec, run_dir: Path, stop: StopSignal) -> RunFinished:
             stack.callback(reporter.close)
         from zoo.train.loop import train  # imports torch
 
-        return train(run, run_dir, reporters, stop)
+        launch = launched()
+        crew = None if launch is None else lead(launch, run, run_dir)
+        _tune(run)
+        finished = train(run, run_dir, reporters, stop, crew)
+        if crew is not None:
+            from zoo.train.meeting import part
+
+            part(crew)
+        return finished
 
 
-def _check_jobs(overrides: list[str]) -> None:
-    from zoo.train.sweep import jobs_of
+def _tune(run: RunSpec) -> None:
+    """Set up the process for work on the processor, unless the run is elsewhere or does without."""
+    from zoo.hardware.local import local_hardware
+    from zoo.tuning import tune
 
-    for job in jobs_of(overrides):
+    if run.kernels.tune and local_hardware(run.hardware).chip.device == "cpu":
+        tune()
+
+
+def _checked_sweep(overrides: list[str]) -> list[str]:
+    """Check every job; the overrides with a directory that the same jobs find again."""
+    sweep = sweep_of(overrides)
+    for job in sweep.jobs:
         try:
             if _check_job(job, resume_auto=False):
                 raise ConfigError(
@@ -147,6 +222,26 @@ def _check_jobs(overrides: list[str]) -> None:
                 )
         except ConfigError as error:
             raise ConfigError(f"in the job {' '.join(job)}:\n{error}") from None
+    keys = {override.partition("=")[0] for override in overrides}
+    if "checkpoint.resume=never" in overrides:
+        return sweep.overrides
+    more = [] if "checkpoint.resume" in keys else ["checkpoint.resume=auto"]
+    if sweep.complete and "hydra.sweep.dir" not in keys:
+        more.append(f"hydra.sweep.dir={_quoted(sweep_dir(sweep.jobs, overrides))}")
+    return [*sweep.overrides, *more]
+
+
+def _end_sweep(arguments: Sequence[str]) -> None:
+    """Say where a sweep lies and what is missing of it."""
+    given = [word.partition("=")[2] for word in arguments if word.startswith("hydra.sweep.dir=")]
+    if not given or not is_sweep(arguments):
+        return
+    folder = Path(given[-1].strip("'"))
+    absent = missing(folder)
+    print(f"\nthe runs are in {folder}; compare them: zoo report {shlex.quote(str(folder))}")
+    if absent:
+        lines = "".join(f"\n  job {number}: {state}" for number, state in absent.items())
+        _leave(FAILED, f"not done; the same command goes on with them:{lines}")
 
 
 def _check_job(overrides: list[str], resume_auto: bool = True) -> Path | None:
@@ -162,6 +257,9 @@ def _check_job(overrides: list[str], resume_auto: bool = True) -> Path | None:
 
     run = decode_run(compose(overrides))
     check_inputs(run)
+    launch = launched()
+    if launch is None or not launch.elastic:
+        check_processes(run, 1 if launch is None else launch.size)
     resume = run.checkpoint.resume
     own_directory = any(override.startswith("hydra.run.dir=") for override in overrides)
     if resume == "never" or (resume == "auto" and (own_directory or not resume_auto)):

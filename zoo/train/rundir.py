@@ -1,12 +1,17 @@
 """What lies in a run directory: settings, versions, checkpoints. No torch here.
 
 A checkpoint is a directory `checkpoints/step_000200/` with tensors in safetensors files and everything else in
-`state.json`, which lists the other files with their sizes: what does not match was not written to the end.
+`state.json`, which lists the other files with their sizes and CRC-32 sums, and sums up itself. What does not match the
+sizes was not written to the end, and is never opened; what does not match the sums has changed since, and is set aside
+when a run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +21,25 @@ from zoo.spec.base import ConfigError
 
 FORMAT = 1
 STATE = "state.json"
+TENSORS = "tensors.json"
+"""The index of a checkpoint that several processes have written (`zoo.parallel.storage`)."""
+PROVEN = 30
+"""Steps after which a checkpoint counts as good: what was wrong with it would have shown."""
+_READ_AT_ONCE = 1 << 20
 
 FIXED = (
     "model",
     "optimizer",
     "precision",
     "tokenizer",
+    "finetune",
     "train.batch_size",
     "train.micro_batch",
     "train.seq_len",
+    "train.packing",
+    "train.batch_warmup",
+    "train.batch_start",
+    "train.ema",
     "train.seed",
 )
 """Settings that a resumed run cannot change: without them the checkpoint or the order of the batches means nothing."""
@@ -40,6 +55,8 @@ FREE = (
     "train.sample_prompt",
     "train.sample_tokens",
     "train.sample_temperature",
+    "train.watch",
+    "train.noise_scale",
 )
 """Settings that do not touch what is learned."""
 
@@ -61,6 +78,62 @@ class Checkpoint:
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lives."""
     return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def partial_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is written before it is whole; what was left there is removed."""
+    folder = run_dir / "checkpoints"
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover)
+    return folder / f".{checkpoint_dir(run_dir, step).name}.partial"
+
+
+def seal(folder: Path, step: int, state: Mapping[str, Any], sums: Mapping[str, int] | None = None) -> None:
+    """Add `state.json` to the files of a checkpoint, and wait until all of it is on disk.
+
+    Args:
+        state: JSON values.
+        sums: CRC-32 of files, as far as they are known; others are read for theirs.
+    """
+    known = sums or {}
+    paths = sorted(folder.iterdir())
+    sizes = {path.name: path.stat().st_size for path in paths}
+    crcs = {path.name: known[path.name] if path.name in known else _sum_of(path) for path in paths}
+    content = {"format": FORMAT, "step": step, **state, "files": sizes, "crc32": crcs}
+    text = json.dumps({**content, "seal": _seal_of(content)}, indent=1)
+    (folder / STATE).write_text(text, encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+
+
+def publish(run_dir: Path, step: int, keep: int) -> None:
+    """Give a checkpoint that is whole its name, then remove old ones.
+
+    The newest `keep` stay; when these are all younger, so does the newest good one that is `PROVEN` steps old, and the
+    one that will be that next.
+    """
+    final = checkpoint_dir(run_dir, step)
+    partial = final.with_name(f".{final.name}.partial")
+    if final.exists():  # the same step was trained again, from an older checkpoint
+        remove(final)
+    partial.rename(final)
+    _flush(final.parent)
+    checkpoints, _ = find_checkpoints(run_dir)
+    good = [each for each in checkpoints if each.state().get("good", True)]
+    proven = [each for each in good if each.step <= step - PROVEN]
+    kept = [*checkpoints[-keep:], *proven[-1:]]
+    if not any(each in proven for each in checkpoints[-keep:]):
+        kept += good[len(proven) : len(proven) + 1]
+    for old in checkpoints:
+        if old not in kept:
+            remove(old.path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: from the first moment on, nothing takes what is left of it for one."""
+    doomed = path.with_name(f".{path.name}.removed")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def find_checkpoints(run_dir: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -88,6 +161,76 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     return checkpoints[-1]
 
 
+def sound_checkpoint(run_dir: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint whose files are as they were written, and a note for each one that was passed over.
+
+    Newer ones that have changed are set aside, under a name that says so.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    checkpoints, notes = find_checkpoints(run_dir)
+    damaged: list[Path] = []
+    for checkpoint in reversed(checkpoints):
+        changed = [name for name, crc in checkpoint.state().get("crc32", {}).items() if _changed(checkpoint, name, crc)]
+        if not changed:
+            for path in damaged:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            return checkpoint, notes
+        damaged.append(checkpoint.path)
+        notes.append(f"passed over the checkpoint {checkpoint.path.name}: {changed[0]} has changed")
+    what = "; ".join(notes) or "name the directory of a run, the one that holds checkpoints/"
+    raise ConfigError(f"checkpoint.resume: found '{run_dir}'; there is no sound checkpoint to go on from; {what}")
+
+
+def good_checkpoint(run_dir: Path, before: int) -> Checkpoint | None:
+    """The newest sound checkpoint of fewer than `before` steps that was good when it was written."""
+    for checkpoint in reversed(find_checkpoints(run_dir)[0]):
+        state = checkpoint.state()
+        if checkpoint.step >= before or not state.get("good", True):
+            continue
+        if not any(_changed(checkpoint, name, crc) for name, crc in state.get("crc32", {}).items()):
+            return checkpoint
+    return None
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints of more than `step` steps."""
+    for checkpoint in find_checkpoints(run_dir)[0]:
+        if checkpoint.step > step:
+            remove(checkpoint.path)
+
+
+def _changed(checkpoint: Checkpoint, name: str, crc: int) -> bool:
+    try:
+        return _sum_of(checkpoint.path / name) != crc
+    except OSError:  # gone, or on a part of the disk that cannot be read any more
+        return True
+
+
+def _sum_of(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(_READ_AT_ONCE):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _seal_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _flaw(path: Path) -> str:
     """What is wrong with a checkpoint; empty when it is complete."""
     try:
@@ -99,6 +242,8 @@ def _flaw(path: Path) -> str:
         return f"{STATE} cannot be read ({error})"
     if state.get("format") != FORMAT:
         return f"its format is {state.get('format')}, this version of zoo reads {FORMAT}"
+    if "seal" in state and state.pop("seal") != _seal_of(state):
+        return f"{STATE} has changed"
     if path.name != checkpoint_dir(Path(), state.get("step", -1)).name:
         return f"{STATE} says step {state.get('step')}"
     wrong = [name for name, size in state["files"].items() if sizes[name] != size]

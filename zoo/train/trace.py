@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.blocks.roles import Role, role_of
 from zoo.decoder import build
 from zoo.plan.local import Op, Ops, StepOps
 from zoo.plan.trunk import named_weights
 from zoo.spec.model import ModelSpec
 from zoo.spec.train import MuonSpec, OptimizerSpec
 from zoo.train.muon import Muon
-from zoo.train.optim import Role, is_pair, role_of
+from zoo.train.optim import is_pair
 
 _MATH = "exp exp_ silu sigmoid gelu tanh softplus log log1p sin cos _softmax _log_softmax _safe_softmax silu_backward"
 _MATH += " gelu_backward sigmoid_backward tanh_backward softplus_backward _softmax_backward_data polar erf logsumexp"

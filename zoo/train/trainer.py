@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from zoo.blocks.base import Context
 from zoo.blocks.linear_loss import IGNORED
-from zoo.train.errors import TrainingError
 from zoo.train.events import Evaluated, LayerHealth
+from zoo.train.gauges import local_part
 from zoo.train.routing import layer_health
 
 if TYPE_CHECKING:
-    from zoo.blocks.moe import MoE
     from zoo.decoder import Decoder
+    from zoo.spec.moe import MoESpec
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, int64 [b, s] each. The target IGNORED does not count."""
+MakeContext = Callable[[Tensor], Context]
+"""The context of rows [b, s]: `Context.of`, or one that keeps their documents apart."""
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -35,11 +38,24 @@ class StepResult:
     grad_norm: float
     """Over all parameters, before clipping."""
 
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (*self.losses.values(), self.grad_norm)))
+
+
+class Balanced(Protocol):
+    """Counts the choices of experts, and balances by them; a `zoo.blocks.moe.MoE`, or what stands for it."""
+
+    spec: MoESpec
+    tokens_per_expert: Tensor
+
+    def update_bias(self) -> None: ...
+
 
 class RoutingCounter:
     """Choices that each expert of each MoE layer received since the last report."""
 
-    def __init__(self, layers: dict[int, MoE]) -> None:
+    def __init__(self, layers: Mapping[int, Balanced]) -> None:
         self._layers = layers
         self._totals = {index: torch.zeros_like(moe.tokens_per_expert) for index, moe in layers.items()}
 
@@ -48,6 +64,11 @@ class RoutingCounter:
         for index, moe in self._layers.items():
             moe.update_bias()
             self._totals[index] += moe.tokens_per_expert
+            moe.tokens_per_expert.zero_()
+
+    def step_skipped(self) -> None:
+        """After a step that was not taken: forget its counts."""
+        for moe in self._layers.values():
             moe.tokens_per_expert.zero_()
 
     def report(self) -> tuple[LayerHealth, ...]:
@@ -67,7 +88,9 @@ class RoutingCounter:
             total.copy_(torch.tensor(state[str(index)]))
 
 
-def accumulate(model: Decoder, batch: Batch, batch_size: int, autocast: Autocast) -> dict[str, float]:
+def accumulate(
+    model: Decoder, batch: Batch, batch_size: int, autocast: Autocast, context: MakeContext = Context.of
+) -> dict[str, float]:
     """Add the gradient of the mean loss over all targets to `.grad`, in micro-batches of `batch_size` rows.
 
     Each micro-batch weighs as much as it has targets that count, so the gradient of the cross-entropy is that of the
@@ -81,7 +104,7 @@ def accumulate(model: Decoder, batch: Batch, batch_size: int, autocast: Autocast
     terms: dict[str, Tensor] = {}
     for micro_inputs, micro_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         with autocast():
-            losses = model.loss(micro_inputs, micro_targets)
+            losses = model.loss(micro_inputs, micro_targets, context(micro_inputs))
         weight = losses.num_tokens / max(1, num_tokens)
         (losses.total * weight).backward()
         for name, value in losses.items.items():
@@ -98,27 +121,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
     return float(norm)
 
 
-def refuse_nonfinite(step: int, result: StepResult, model: nn.Module) -> None:
-    """Stop when a loss or a gradient is no number.
-
-    Raises:
-        TrainingError: naming the step and where it shows.
-    """
+def nonfinite(result: StepResult, model: nn.Module) -> str:
+    """Which loss or gradient is no number, in words; empty when all are finite."""
+    if result.finite:
+        return ""
     bad = [f"the loss term {name} is {value}" for name, value in result.losses.items() if not math.isfinite(value)]
     if not bad and not math.isfinite(result.grad_norm):
         grads = ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None)
         names = [name for name, grad in grads if not grad.isfinite().all()]
         bad = [f"the gradient of {name} is not finite" for name in names[:3]] or ["the gradient norm overflows"]
-    if bad:
-        raise TrainingError(
-            f"step {step}: {', '.join(bad)}; the weights were not updated; "
-            "try a smaller optimizer.lr, a longer schedule.warmup or precision=fp32"
-        )
+    return ", ".join(bad)
+
+
+def sound_weights(model: nn.Module) -> bool:
+    """Whether those that this process holds are finite, and of a length that is."""
+    norms = torch._foreach_norm([local_part(parameter.detach()) for parameter in model.parameters()])
+    return bool(torch.stack([norm.to(torch.float32).cpu() for norm in norms]).isfinite().all())
 
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, windows: Batch, *, batch_size: int, autocast: Autocast, step: int, bytes_per_token: float
+    model: Decoder,
+    windows: Batch,
+    *,
+    batch_size: int,
+    autocast: Autocast,
+    step: int,
+    bytes_per_token: float,
+    context: MakeContext = Context.of,
 ) -> Evaluated:
     """Mean loss over held-out `windows`, in evaluation mode: routing counters and gradients stay as they are."""
     start = time.perf_counter()
@@ -127,8 +157,9 @@ def evaluate(
     model.eval()
     total, num_tokens = 0.0, 0
     for inputs, targets in zip(*(part.split(batch_size) for part in windows), strict=True):
+        inputs, targets = inputs.to(device), targets.to(device)
         with autocast():
-            losses = model.loss(inputs.to(device), targets.to(device))
+            losses = model.loss(inputs, targets, context(inputs))
         count = int(losses.num_tokens)
         total += float(losses.items["cross_entropy"]) * count
         num_tokens += count

@@ -9,7 +9,7 @@ from typing import Any
 
 from zoo.spec.base import ConfigError
 from zoo.spec.train import WandbSpec
-from zoo.train.events import Evaluated, Predicted, RunFinished, RunStarted, StepDone
+from zoo.train.events import Alerted, Evaluated, Predicted, RolledBack, RunFinished, RunStarted, StepDone
 from zoo.train.routing import summary
 
 
@@ -81,6 +81,8 @@ class WandbReporter:
         }
         if event.mfu is not None:
             metrics["mfu"] = event.mfu
+        if event.noise_scale_tokens is not None:
+            metrics["noise_scale_tokens"] = event.noise_scale_tokens
         if event.routing:
             total = summary(event.routing)
             metrics["routing/mean_entropy"] = total.mean_entropy
@@ -94,7 +96,17 @@ class WandbReporter:
         self._run.log(metrics)
 
     def evaluated(self, event: Evaluated) -> None:
-        self._run.log({"step": event.step, "held_out/loss": event.loss, "held_out/bits_per_byte": event.bits_per_byte})
+        metrics = {"step": event.step, "held_out/loss": event.loss, "held_out/bits_per_byte": event.bits_per_byte}
+        if event.average_loss is not None:
+            metrics["held_out/average_loss"] = event.average_loss
+        self._run.log(metrics)
+
+    def alerted(self, event: Alerted) -> None:
+        self._run.alert(title=event.name, text=f"step {event.step}: {event.message}", level="WARN")
+        self._run.log({"step": event.step, f"alert/{event.name}": 1})
+
+    def rolled_back(self, event: RolledBack) -> None:
+        self._run.alert(title="rolled back", text=event.message)
 
     def finished(self, event: RunFinished) -> None:
         told = {"reason": event.reason, "sample": event.sample_prompt + event.sample}
