@@ -21,7 +21,7 @@ def _one_thread() -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damage_ends_in_one_clear_error(target: Target, tmp_path: Path) -> None:
-    found = run_cases(target, 4, tmp_path)
+    found = run_cases(target, 2, tmp_path)
     assert not [one for one in found if one.fault]
     assert "Traceback" not in "".join(one.detail for one in found)
 

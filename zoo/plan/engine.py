@@ -124,6 +124,8 @@ class Engine:
     """Bytes of a gradient in memory."""
     graphs: int = 0
     """What it captures at most, as `Habits` has it."""
+    meant: bool = True
+    """Somebody named it. Else it stands for any engine of its kind, and what one release wastes is not counted."""
 
     def habits(self, graphs: int) -> Habits:
         """What it does in a run that captures `graphs`."""

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zoo.plan.engine import LOCAL, Engine, engine_of
+from zoo.plan.engine import LOCAL, Engine
 from zoo.plan.error import Error, expected_error
 from zoo.plan.flops import FlopCount, count_flops
-from zoo.plan.here import engine_for, with_measured
+from zoo.plan.here import chosen_engine, with_measured
 from zoo.plan.layout import Layout, Points
 from zoo.plan.legal import check
 from zoo.plan.price import Prices, Run, graphs_of, price
@@ -107,7 +107,7 @@ def estimate(
     spec, machine = described(model, hardware, overrides)
     machine = with_measured(machine)
     layout = layout or Layout()
-    chosen = engine_of(engine or engine_for(machine, layout.shard > 1))
+    chosen = chosen_engine(engine, machine, layout.shard > 1)
     run = run_of(spec, machine, chosen, precision, optimizer, mtp, routing, graphs)
     _check_sizes({"seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch})
     batch = global_batch or micro_batch * layout.dp

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoo.plan.engine import LOCAL, default_engine
+from zoo.plan.engine import LOCAL, Engine, default_engine, engine_of
 from zoo.plan.layout import Points
 from zoo.plan.local import step_seconds
 from zoo.plan.own_memory import peak_memory
@@ -30,6 +30,11 @@ def engine_for(machine: HardwareSpec, sharded: bool) -> str:
     """The engine that is meant on a machine when none is named, by whether weights are fully sharded."""
     here = machine.detect and machine.chip.device == "cpu" and machine.num_devices == 1
     return LOCAL if here and speed_here().rates is not None else default_engine(machine.chip, sharded)
+
+
+def chosen_engine(named: str | None, machine: HardwareSpec, sharded: bool) -> Engine:
+    """The engine of that name, or without one that of the machine."""
+    return engine_of(named) if named else replace(engine_of(engine_for(machine, sharded)), meant=False)
 
 
 def with_measured(machine: HardwareSpec) -> HardwareSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,9 @@ def price(spec: ModelSpec, hardware: HardwareSpec, points: Points, run: Run, eng
 
 def storage_of(engine: Engine, run: Run, facts: Facts) -> Storage:
     """What an engine keeps in which dtype."""
-    kept = {**KEPT_BY_ENGINE.get(engine.name, {}), **KEPT_BY_ENGINE.get(f"{engine.name}@{engine.epoch}", {})}
+    usual, own = (KEPT_BY_ENGINE.get(name, {}) for name in (engine.name, f"{engine.name}@{engine.epoch}"))
+    wasteful = not engine.meant and own.get("logit", 0.0) > usual.get("logit", math.inf)
+    kept = {**usual, **({} if wasteful else own)}
     common: dict[str, Any] = {
         **kept,
         "moments": STATE_BYTES[run.optimizer],

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from zoo.plan.engine import LOCAL, Engine, engine_of
+from zoo.plan.engine import LOCAL, Engine
 from zoo.plan.estimate import run_of
-from zoo.plan.here import engine_for
+from zoo.plan.here import chosen_engine, engine_for
 from zoo.plan.here import with_measured as with_measured
 from zoo.plan.layout import Layout, Points, recompute_parts
 from zoo.plan.legal import check_given, mixtures
@@ -65,7 +65,7 @@ class Question:
 
     def engine_for(self, sharded: bool) -> Engine:
         """The engine whose constants are used, by whether weights are fully sharded."""
-        return engine_of(self.engine or engine_for(self.machine, sharded))
+        return chosen_engine(self.engine, self.machine, sharded)
 
     def run(self, precision: str, engine: Engine) -> Run:
         return run_of(self.spec, self.machine, engine, precision, self.optimizer, self.mtp, self.routing, self.graphs)
