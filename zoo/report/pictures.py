@@ -46,6 +46,7 @@ def _curves(axes: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
         colour = PALETTE[index % len(PALETTE)] if named else GREY
         style = "o-" if run.done else "o:"
         axes.plot(tokens, bits, style, color=colour, linewidth=1, markersize=3, alpha=1 if named else 0.5, label=label)
+    axes.xaxis.set_major_formatter(lambda tokens, _: short_count(tokens))
     axes.set_xlabel("tokens")
     axes.set_ylabel("held-out bits per byte")
     if named and evaluated:
@@ -64,12 +65,16 @@ def _effect(axes: Axes, runs: Sequence[Run], key: str, others: Sequence[str]) ->
     alike: dict[tuple[str, ...], list[Run]] = {}
     for run in done:
         alike.setdefault(tuple(str(run.settings.get(other)) for other in others), []).append(run)
-    for index, group in enumerate(alike.values()):
+    for index, (same, group) in enumerate(alike.items()):
         points = sorted((place[run.settings.get(key)], run.last[1]) for run in group if run.last)
-        axes.plot(*zip(*points, strict=True), "o-", color=PALETTE[index % len(PALETTE)], linewidth=1, markersize=4)
+        label = ", ".join(f"{other.split('.')[-1]} {value}" for other, value in zip(others, same, strict=True))
+        colour = PALETTE[index % len(PALETTE)]
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1, markersize=4, label=label)
     if as_number and min(numbers) > 0 and max(numbers) >= 4 * min(numbers):
         axes.set_xscale("log", base=2)
         axes.minorticks_off()
+    if others and len(alike) <= MOST_NAMED // 2:
+        axes.legend(frameon=False, fontsize=8)
     axes.set_xticks(list(place.values()), [_short(value) for value in values], rotation=30 if len(values) > 4 else 0)
     axes.set_xlabel(key)
 
@@ -93,6 +98,9 @@ def law_picture(law: Law, params: Sequence[float], tokens: Sequence[float], loss
     left.axhline(law.irreducible, color=GREY, linestyle="--", linewidth=1)
     left.text(along[0], law.irreducible, f"E {law.irreducible:.3f}", va="bottom", color=GREY, fontsize=9)
     left.set_xscale("log")
+    ticks = sorted(set(tokens))[:: -(-len(set(tokens)) // 6)]
+    left.set_xticks(ticks, [short_count(tick) for tick in ticks])
+    left.minorticks_off()
     left.set_xlabel("tokens of training")
     left.set_ylabel("held-out loss, nats a token")
     left.legend(frameon=False, fontsize=8)
