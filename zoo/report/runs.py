@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from zoo.spec.base import ConfigError
 from zoo.train.metrics_file import METRICS, read_metrics
+from zoo.train.rundir import flat
 from zoo.train.sweep import FAILURE, finished_at, saved_settings
 
 UNTOLD = ("model.name", "model.card", "checkpoint", "logger", "hardware")
@@ -103,7 +104,7 @@ def _run_of(records: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> R
     return Run(
         path=path,
         name=str(path.relative_to(folder)),
-        settings={"model": str(start["model_name"]), **dict(_flat(saved_settings(path)))},
+        settings={"model": str(start["model_name"]), **dict(flat(saved_settings(path)))},
         params=int(start["num_params"]),
         active_params=int(start["num_active_params"]),
         num_steps=int(start["num_steps"]),
@@ -122,14 +123,6 @@ def _state(path: Path, records: Sequence[Mapping[str, Any]], num_steps: int) -> 
         return "done"
     failure = path / FAILURE
     return failure.read_text(encoding="utf-8").strip() if failure.is_file() else "unfinished"
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def varied(runs: Sequence[Run]) -> list[str]:

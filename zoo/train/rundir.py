@@ -292,7 +292,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[
     Returns:
         Lines `key: was X, now Y` for the keys that a resumed run cannot change, then for those that it can.
     """
-    before, after = dict(_flat(saved)), dict(_flat(now))
+    before, after = dict(flat(saved)), dict(flat(now))
     fixed: list[str] = []
     changed: list[str] = []
     for key in sorted(before.keys() | after.keys()):
@@ -307,9 +307,10 @@ def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted path."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
