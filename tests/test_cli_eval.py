@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_plain_loss(place: Path, capsys: pytest.Capture
             "tasks: needs the package lm_eval",
             marks=pytest.mark.skipif(find_spec("lm_eval") is not None, reason="it is installed"),
         ),
-        (["text={place}/one.txt", "lenght=3"], "lenght: found 3; unknown key"),
+        (["text={place}/one.txt", "strid=3"], "strid: found 3; unknown key"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
