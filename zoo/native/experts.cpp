@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "tiles.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else  // one thread is all there is, and all that is asked for
@@ -17,12 +19,8 @@ inline int omp_get_thread_num() { return 0; }
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long LANES = 16, TILE_ROWS = 12;
-#else
-constexpr long LANES = 8, TILE_ROWS = 6;
-#endif
-constexpr long TILE_COLS = 2 * LANES;
+using tiles::LANES, tiles::TILE_ROWS, tiles::TILE_COLS, tiles::vec, tiles::load, tiles::store;
+
 constexpr long DEPTH = 256;                  // of a packed panel: one of the right factor fits in L1
 constexpr long ROWS = 16 * TILE_ROWS;        // of the packed left factor: fits in L2
 constexpr long COLS = 512;                   // of the packed right factor
@@ -30,12 +28,8 @@ constexpr long FEW = 40;                     // up to so many rows, packing a we
 constexpr long BLOCK_NUMBERS = 1 << 20;      // activations of a block of rows
 constexpr long BLOCK_ROWS = 512;
 
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
-inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
-inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
 // The sum of a register's numbers, by halves.
 inline float total(vec v) {
     typedef float half __attribute__((vector_size(LANES * 2)));

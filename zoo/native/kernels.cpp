@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "tiles.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -21,6 +23,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
+using tiles::exponential, tiles::sigmoid;
+
 constexpr int64_t PREFETCH = 1024;  // bytes ahead: what hides the latency of memory (measured)
 constexpr int TOGETHER = 8;         // rows that pass a matrix together
 
@@ -89,23 +93,6 @@ static inline float sum(Vec v) {
     return parts[0];
 }
 
-static inline float exponential(float x) {  // relative error about 1e-7; a loop of it becomes vector instructions
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    float n = std::floor(x * 1.44269504f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
-}
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 static inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 static inline float clamp(float x, float limit) { return std::min(std::max(x, -limit), limit); }
 static float squash(int64_t kind, float x) { return kind == SIGMOID ? sigmoid(x) : kind == SOFTPLUS ? softplus(x) : x; }
