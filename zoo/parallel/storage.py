@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zoo.spec.base import ConfigError
 from zoo.train.rundir import TENSORS as INDEX
+from zoo.train.rundir import flush
 
 DTYPES = {
     "F64": torch.float64,
@@ -160,15 +161,6 @@ def write_pieces(path: Path, pieces: Sequence[tuple[str, Tensor]]) -> tuple[list
         file.flush()
         os.fsync(file.fileno())
     return [len(head) + start for start in starts], crc
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Reader:

@@ -103,7 +103,7 @@ def seal(folder: Path, step: int, state: Mapping[str, Any], sums: Mapping[str, i
     text = json.dumps({**content, "seal": _seal_of(content)}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
 
 
 def publish(run_dir: Path, step: int, keep: int) -> None:
@@ -117,7 +117,7 @@ def publish(run_dir: Path, step: int, keep: int) -> None:
     if final.exists():  # the same step was trained again, from an older checkpoint
         remove(final)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     checkpoints, _ = find_checkpoints(run_dir)
     good = [each for each in checkpoints if each.state().get("good", True)]
     proven = [each for each in good if each.step <= step - PROVEN]
@@ -222,7 +222,7 @@ def _seal_of(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
