@@ -26,7 +26,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "unevenness": ("jitter",),
 }
 """The parts of a step's time (`Estimate.time_s`) as a reader thinks of them."""
-COMMUNICATION = ("tensor parallelism", "expert parallelism", "context parallelism", "pipeline", "data parallelism")
 MOST_GROWTH = 1024
 ROOMY = 0.1
 """Of the memory: a plan that leaves less free is told beside the quickest that leaves as much."""

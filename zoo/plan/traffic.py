@@ -15,9 +15,6 @@ from zoo.plan.layout import Array, Points
 from zoo.plan.products import Use, sizes_of
 from zoo.spec.model import ModelSpec
 
-WIDE = 2.0
-"""Bytes of an activation or weight on a link (bf16)."""
-
 
 @dataclass(frozen=True)
 class Traffic:
