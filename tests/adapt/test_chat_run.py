@@ -10,11 +10,10 @@ import torch
 
 from tests.train.runs import Listener, small_run
 from zoo.blocks.linear_loss import IGNORED
-from zoo.hardware import Speed
 from zoo.spec.base import ConfigError
 from zoo.spec.data import ChatData, FileTokenizer
 from zoo.spec.run import RunSpec
-from zoo.train import assembly, loop
+from zoo.train import loop
 from zoo.train.checks import check_inputs
 
 
@@ -26,9 +25,8 @@ def chat_run(folder: Path, *overrides: str) -> RunSpec:
     return run.replace(data=ChatData(paths=(str(folder / "chat.jsonl"),), heldout_fraction=0.3))
 
 
-def test_the_loss_counts_the_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+@pytest.mark.usefixtures("known_machine")
+def test_the_loss_counts_the_answers_alone(tmp_path: Path) -> None:
     session = loop.Session(chat_run(tmp_path), tmp_path / "run", [heard := Listener()])
     inputs, targets = session.batches.batch(0)
     for row, goals in zip(inputs, targets, strict=True):

@@ -13,43 +13,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import zoo
-from tests.train.runs import Listener, small_run
+from tests.train.runs import RUN, Listener, small_run
 from zoo.adapt.lora import adapt, adapters_of
 from zoo.adapt.save import save_adapters
 from zoo.cli import main
 from zoo.config import compose
 from zoo.decoder import Decoder
-from zoo.hardware import Speed
 from zoo.hf import from_pretrained, save_pretrained
 from zoo.spec.base import ConfigError
 from zoo.spec.finetune import LoraFinetune
 from zoo.spec.run import RunSpec, decode_run
-from zoo.train import assembly, loop
+from zoo.train import loop
 
-BASE = [
-    "tokenizer=bytes",
-    "data=files",
-    "data.paths=elsewhere",
-    "hardware=cpu",
-    "precision=fp32",
-    "optimizer.lr=1e-2",
-    "train.steps=6",
-    "train.batch_size=4",
-    "train.seq_len=16",
-    "train.eval_every=null",
-    "train.eval_tokens=256",
-    "train.sample_tokens=4",
-    "checkpoint.every=null",
-]
+BASE = ["tokenizer=bytes", *RUN]
 SPARSE = ("qwen3_30b_a3b", "model_scale=tiny", "model.vocab_size=256")
 DENSE = ("qwen3_0_6b", "model_scale=tiny", "model.vocab_size=256")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, and no pictures."""
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 def checkpoint(folder: Path, *model: str) -> Path:

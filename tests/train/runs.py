@@ -10,11 +10,7 @@ from zoo.config import compose
 from zoo.spec.run import RunSpec, decode_run
 from zoo.train.events import Alerted, Evaluated, RolledBack, RunFinished, RunStarted, StepDone
 
-SMALL = [
-    "model=tiny_moe",
-    "model.d_model=32",
-    "model.layers='2*sparse'",
-    "model.moe.d_expert=32",
+RUN = [
     "data=files",
     "data.paths=elsewhere",
     "hardware=cpu",
@@ -25,9 +21,17 @@ SMALL = [
     "train.seq_len=16",
     "train.eval_every=null",
     "train.eval_tokens=256",
-    "train.log_every=3",
     "train.sample_tokens=4",
     "checkpoint.every=null",
+]
+"""A few steps of any model."""
+SMALL = [
+    "model=tiny_moe",
+    "model.d_model=32",
+    "model.layers='2*sparse'",
+    "model.moe.d_expert=32",
+    *RUN,
+    "train.log_every=3",
 ]
 
 

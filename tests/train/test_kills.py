@@ -13,9 +13,8 @@ import pytest
 
 from benchmarks import kills
 from tests.train.runs import Listener, small_run
-from zoo.hardware import Speed
 from zoo.spec.base import ConfigError
-from zoo.train import assembly, crew, loop
+from zoo.train import crew, loop
 from zoo.train.checkpoint import MODEL, OPTIMIZER
 from zoo.train.errors import TrainingError
 from zoo.train.metrics_file import MetricsFile, read_metrics
@@ -24,11 +23,7 @@ from zoo.train.rundir import STATE, find_checkpoints, publish, sound_checkpoint
 SAVING = ("train.steps=12", "checkpoint.every=3", "checkpoint.resume=auto")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, and no pictures."""
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 @contextmanager

@@ -25,11 +25,7 @@ UNBALANCED = ("model.moe.balance.aux_loss=0", "model.moe.balance.z_loss=0")
 BIASED = ("model/moe/router=sigmoid", "model.moe.balance={bias_update_rate: 0.01}")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, and no pictures."""
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 def train(folder: Path, *overrides: str, name: str = "run", stop: StopSignal | None = None) -> Listener:

@@ -13,18 +13,13 @@ from torch import Tensor
 
 from tests.train.runs import Listener, small_run
 from zoo.decoder import Decoder
-from zoo.hardware import Speed
 from zoo.spec.run import RunSpec
-from zoo.train import assembly, loop
+from zoo.train import loop
 
 DENSE = ("+model.mlp={type: mlp, d_ffn: 64}", "model.kinds.sparse.ffn=mlp", "~model.moe")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, and no pictures."""
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 def run_on_short_texts(folder: Path, *overrides: str) -> RunSpec:

@@ -20,9 +20,8 @@ from torch import nn
 
 from benchmarks import alerts
 from tests.train.runs import Listener, small_run
-from zoo.hardware import Speed
 from zoo.spec.watch import WatchSpec
-from zoo.train import assembly, loop
+from zoo.train import loop
 from zoo.train.detectors import Signs
 from zoo.train.display import LiveDisplay, PlainDisplay
 from zoo.train.errors import TrainingError
@@ -36,11 +35,7 @@ from zoo.train.watch import Watch
 TOP_K = {1: 2}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of known speed, and no pictures."""
-    monkeypatch.setattr(assembly, "measure", lambda chip: Speed({"fp32": 0.1, "bf16": 0.1}, 10.0))
-    monkeypatch.setattr(loop, "write_plots", lambda run_dir: [])
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 def healthy(num_steps: int, seed: int = 0) -> Iterator[Signs]:
